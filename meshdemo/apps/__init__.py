@@ -1,0 +1,1 @@
+"""App definitions as data, and their loader."""

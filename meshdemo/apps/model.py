@@ -1,0 +1,94 @@
+"""What an app file may say, and what it means.
+
+An app is a set of services; a service has versions, each a workload. The file is data written by people,
+so it is validated whole (pydantic) before anything is started.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+# RFC 1123 label: service names become DNS names and parts of SPIFFE paths.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+Protocol = Literal["http", "grpc", "tcp"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Route(_Strict):
+    """A named group of requests of a service, told apart by path (and method where given).
+
+    For gRPC the path is `/package.Service/Method`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]{1,60}$")
+    path: str | None = Field(default=None, pattern=r"^/", description="exact path")
+    prefix: str | None = Field(default=None, pattern=r"^/", description="path prefix")
+    method: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Route:
+        if (self.path is None) == (self.prefix is None):
+            raise ValueError("a route has either a path or a prefix")
+        return self
+
+
+class Workload(_Strict):
+    """One program at one version with N instances.
+
+    `program` names a module of `meshdemo.workloads`; `command` runs anything else on the local runtime
+    (it gets HOST and PORT in its environment); `image` is what Kubernetes runs where `program` is not set.
+    """
+
+    program: str | None = None
+    command: list[str] | None = None
+    image: str | None = None
+    instances: int = Field(default=1, ge=0, le=1000)
+    env: dict[str, str] = Field(default_factory=dict)
+    initial: bool = Field(default=True, description="started by `up`; false: only with --version")
+
+    @model_validator(mode="after")
+    def _something_to_run(self) -> Workload:
+        if not (self.program or self.command or self.image):
+            raise ValueError("a workload needs a program, a command or an image")
+        return self
+
+
+class Service(_Strict):
+    """The name others call; its workloads are its versions."""
+
+    port: int = Field(ge=1, le=65535)
+    protocol: Protocol = "http"
+    calls: list[Name] = Field(default_factory=list, description="services this one may call")
+    routes: list[Route] = Field(default_factory=list)
+    healthz: str = "/healthz"
+    metrics: str | None = "/metrics"
+    # Paths a non-mesh client (kubelet, Prometheus, the CLI) may reach in plain text, by exact path.
+    open_paths: dict[str, list[str]] = Field(
+        default_factory=dict, description="exact path -> methods, besides GET of healthz and metrics"
+    )
+    load: bool = Field(default=False, description="its instances make load and answer GET/PUT /load")
+    versions: dict[Name, Workload] = Field(min_length=1)
+
+
+class App(_Strict):
+    """What runs in the mesh."""
+
+    name: Name
+    front: Name = Field(description="the service that the gateway leads to")
+    services: dict[Name, Service] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> App:
+        known = ", ".join(self.services)
+        if self.front not in self.services:
+            raise ValueError(f"front: no service '{self.front}'; there are: {known}")
+        for name, service in self.services.items():
+            for callee in service.calls:
+                if callee not in self.services:
+                    raise ValueError(f"{name}: calls unknown service '{callee}'; there are: {known}")
+        return self

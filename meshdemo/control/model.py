@@ -1,0 +1,117 @@
+"""The plain data that the control plane, its clients and the runtimes exchange.
+
+Everything here is a value: frozen, JSON in and out, no I/O. Times are seconds since the epoch (UTC)
+unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meshdemo.apps.model import App
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Instance(_Value):
+    """One running copy of a workload, with its sidecar, as the runtime reports it."""
+
+    id: str
+    service: str
+    version: str
+    revision: int = Field(default=1, description="revision of the workload that it runs")
+    host: str = "127.0.0.1"
+    inbound_port: int = Field(description="where the sidecar accepts mutual TLS for this instance")
+    outbound_port: int = Field(description="where the sidecar accepts what this instance calls")
+    metrics_port: int = Field(description="plain: Prometheus stats of the sidecar, probes, open paths")
+    app_host: str = "127.0.0.1"
+    app_port: int
+    ready: bool = Field(default=False, description="takes traffic; false while starting or draining")
+    token_sha256: str = Field(default="", description="hex; of the bearer token (local runtime)")
+
+
+class MeshState(_Value):
+    """What a runtime tells the control plane: the app and its instances (`instances.json` locally)."""
+
+    mesh: str
+    namespace: str = "default"
+    app: App
+    instances: tuple[Instance, ...] = ()
+
+
+class Fault(_Value):
+    """A deliberate break. `at` app: LAT_MS/ERR_RATE of a workload revision; mesh: Envoy's fault filter;
+    process: a crash or a hang."""
+
+    id: str
+    at: Literal["app", "mesh", "process"]
+    kind: Literal["degrade", "crash", "hang"] = "degrade"
+    service: str
+    version: str | None = None
+    instance: str | None = None
+    route: str | None = Field(default=None, description="path prefix")
+    caller: str | None = None
+    lat_ms: float = Field(default=0, ge=0)
+    err_rate: float = Field(default=0, ge=0, le=1)
+    share: float = Field(default=1, ge=0, le=1, description="share of requests that get the latency")
+    revision: int | None = Field(default=None, description="workload revision that carries it (at app)")
+    started_at: float = Field(description="when the first request could feel it")
+    expires_at: float | None = None
+
+
+class Traffic(_Value):
+    """How callers reach one service. None means: the default of templates/envoy."""
+
+    split: dict[str, int] = Field(default_factory=dict, description="version -> weight, sums to 100")
+    timeout_ms: int | None = None
+    retries: int | None = None
+    max_connections: int | None = None
+    max_pending: int | None = None
+    max_requests: int | None = None
+    mirror: dict[str, float] = Field(default_factory=dict, description="version -> share 0..1")
+    outlier: bool | None = None
+    since: float | None = Field(default=None, description="when it came into force")
+
+
+class Ejection(_Value):
+    """An instance that is kept out of load balancing on purpose."""
+
+    instance: str
+    reason: str
+    by: str
+    at: float
+
+
+class Intent(_Value):
+    """The desired state of the mesh, versioned. Changing it makes a new revision; nothing is edited."""
+
+    revision: int = 1
+    faults: tuple[Fault, ...] = ()
+    traffic: dict[str, Traffic] = Field(default_factory=dict)
+    access: dict[str, bool] = Field(
+        default_factory=dict, description="'caller>service' -> allowed; absent: what the app file says"
+    )
+    ejections: tuple[Ejection, ...] = ()
+
+
+class Effect(_Value):
+    """What a change of the intent did: in force on `sidecars` sidecars after `effective_ms`."""
+
+    revision: int
+    effective_ms: float
+    sidecars: int
+
+
+class WorkloadRevision(_Value):
+    """One revision of a workload: what it runs with, and since when."""
+
+    service: str
+    version: str
+    revision: int
+    env: dict[str, str] = Field(default_factory=dict)
+    created_at: float
+    reason: str = ""

@@ -1,0 +1,159 @@
+"""Signals: what happened in a window, from what the sidecars report. Pure: samples in, signals out.
+
+A `Sample` is one telemetry export of one sidecar (about one second). A `Signal` is the sum of samples over
+a window for one scope. Success rate and latency of a service are what its own sidecars answered
+(`inbound` cells); what its callers got after retries is in the `outbound` cells of the callers.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+# Upper bounds in ms. Neighbours differ by at most 15.4 %, so a quantile reported at a bucket's geometric
+# middle is off by at most 7.5 % between 1 ms and 10 s. All are two-digit decimals, which are also the bin
+# edges of Envoy's own log-linear histogram (circllhist), so no count is split between two buckets.
+_DECADE = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 1.9, 2.2, 2.5, 2.8, 3.2, 3.6, 4.1, 4.7, 5.4, 6.2, 7.0, 8.0, 9.0)
+BOUNDS_MS: tuple[float, ...] = (
+    0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
+    *(round(step * scale, 1) for scale in (1, 10, 100, 1000) for step in _DECADE),
+    10_000.0, 12_000.0, 15_000.0, 20_000.0, 30_000.0, 60_000.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Latency counts by bucket of `BOUNDS_MS`, sparse: bucket index -> count (the last index is +Inf)."""
+
+    counts: Mapping[int, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(latencies_ms: Iterable[float]) -> Histogram:
+        """The histogram of single latencies (ms)."""
+        counts: dict[int, int] = {}
+        for value in latencies_ms:
+            index = bucket(value)
+            counts[index] = counts.get(index, 0) + 1
+        return Histogram(counts)
+
+    @property
+    def total(self) -> int:
+        """Number of requests counted."""
+        return sum(self.counts.values())
+
+    def above(self, threshold_ms: float) -> int:
+        """Requests slower than the threshold; a bucket that straddles it counts by its geometric middle."""
+        return sum(n for index, n in self.counts.items() if middle_ms(index) > threshold_ms)
+
+    def quantile_ms(self, q: float) -> float | None:
+        """The q-quantile (0..1) in ms, at its bucket's geometric middle; None without requests."""
+        total = self.total
+        if not total:
+            return None
+        rank, seen = max(1, math.ceil(q * total)), 0
+        for index in sorted(self.counts):
+            seen += self.counts[index]
+            if seen >= rank:
+                return middle_ms(index)
+        raise AssertionError("unreachable: rank is at most total")
+
+
+def bucket(latency_ms: float) -> int:
+    """Index of the bucket that a latency falls into; a bound belongs to the bucket above it."""
+    return bisect_right(BOUNDS_MS, latency_ms)
+
+
+def middle_ms(index: int) -> float:
+    """The geometric middle of a bucket; the last, open bucket is reported at its lower bound."""
+    if index == 0:
+        return BOUNDS_MS[0] / 2
+    if index >= len(BOUNDS_MS):
+        return BOUNDS_MS[-1]
+    return math.sqrt(BOUNDS_MS[index - 1] * BOUNDS_MS[index])
+
+
+def merge(histograms: Iterable[Histogram]) -> Histogram:
+    """The sum of histograms."""
+    counts: dict[int, int] = {}
+    for histogram in histograms:
+        for index, n in histogram.counts.items():
+            counts[index] = counts.get(index, 0) + n
+    return Histogram(counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Requests of one sidecar in one export that share direction, peer and route.
+
+    inbound: `peer` is the caller's service ('' if it proved none); outbound: `peer` is the service called.
+    """
+
+    inbound: bool
+    peer: str
+    route: str
+    requests: int = 0
+    failures: int = 0  # 5xx, gRPC error status, reset or timeout
+    denied: int = 0  # refused by access rules; not a failure
+    refused: int = 0  # refused by a circuit breaker; in outbound cells also counted as a failure
+    secured: int = 0  # over mutual TLS, as the sidecar saw the peer's certificate
+    identity: str = ""  # the peer's SPIFFE id
+    codes: Mapping[str, int] = field(default_factory=dict)  # response code -> count
+    latency: Histogram = field(default_factory=Histogram)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One telemetry export of one sidecar, covering (start, end]."""
+
+    instance: str
+    service: str
+    version: str
+    revision: int
+    start: float
+    end: float
+    in_flight: int = 0  # inbound requests unanswered at `end`
+    arrived: int = 0  # inbound requests that arrived in (start, end]
+    cells: Sequence[Cell] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What happened to one scope in one window. Fields that do not apply to the scope are None."""
+
+    service: str
+    version: str | None
+    instance: str | None
+    route: str | None
+    caller: str | None
+    start: float
+    end: float
+    requests: int
+    failures: int
+    latency: Histogram
+    overdue: int = 0  # in flight for longer than one export and still unanswered
+    denied: int = 0
+    refused: int = 0
+    silent: bool = False  # an instance whose sidecar reported nothing lately: unknown, not healthy
+    ejected: bool = False
+    effective_requests: int | None = None
+    effective_failures: int | None = None
+
+    @property
+    def rps(self) -> float:
+        """Requests per second over the window."""
+        seconds = self.end - self.start
+        return self.requests / seconds if seconds > 0 else 0.0
+
+    @property
+    def success_rate(self) -> float | None:
+        """Share of requests that the service itself answered well (0..1); None without requests."""
+        return 1 - self.failures / self.requests if self.requests else None
+
+    @property
+    def effective_success_rate(self) -> float | None:
+        """Share of requests that callers saw succeed after retries (0..1); None where unknown."""
+        if not self.effective_requests:
+            return None
+        return 1 - (self.effective_failures or 0) / self.effective_requests
