@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # Upper bounds in ms. Neighbours differ by at most 15.4 %, so a quantile reported at a bucket's geometric
 # middle is off by at most 7.5 % between 1 ms and 10 s. All are two-digit decimals, which are also the bin
@@ -157,3 +158,39 @@ class Signal:
         if not self.effective_requests:
             return None
         return 1 - (self.effective_failures or 0) / self.effective_requests
+
+
+def sample_to_json(sample: Sample) -> dict[str, Any]:
+    """A sample as plain JSON; fields at their default are left out."""
+    return {
+        "instance": sample.instance,
+        "service": sample.service,
+        "version": sample.version,
+        "revision": sample.revision,
+        "start": sample.start,
+        "end": sample.end,
+        "in_flight": sample.in_flight,
+        "arrived": sample.arrived,
+        "cells": [_cell_to_json(cell) for cell in sample.cells],
+    }
+
+
+def _cell_to_json(cell: Cell) -> dict[str, Any]:
+    row: dict[str, Any] = {"inbound": cell.inbound, "peer": cell.peer, "route": cell.route}
+    for name in ("requests", "failures", "denied", "refused", "secured", "identity"):
+        if value := getattr(cell, name):
+            row[name] = value
+    if cell.codes:
+        row["codes"] = dict(cell.codes)
+    if cell.latency.counts:
+        row["latency"] = list(cell.latency.counts.items())
+    return row
+
+
+def sample_from_json(row: Mapping[str, Any]) -> Sample:
+    """The inverse of `sample_to_json`."""
+    cells = tuple(
+        Cell(**{**cell, "latency": Histogram({int(index): int(n) for index, n in cell.get("latency", ())})})
+        for cell in row["cells"]
+    )
+    return Sample(**{**row, "cells": cells})
