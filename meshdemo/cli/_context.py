@@ -1,0 +1,111 @@
+"""What every command is given: the global options, where to print, and the way to the mesh.
+
+Costs nothing until used: consoles, the runtime and the client of the control plane are made on first use,
+because the time of a cold `meshdemo stat` goes into imports.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshdemo.control.client import ControlClient
+    from meshdemo.runtime.base import Runtime
+
+DEFAULT_NAME = "mesh-demo"
+
+
+class Output(StrEnum):
+    """Forms of output; `jsonl` is one JSON object a line, where events stream."""
+
+    text = "text"
+    json = "json"
+    jsonl = "jsonl"
+
+
+class Context:
+    """The global options and what hangs on them; one per invocation."""
+
+    def __init__(self) -> None:
+        self.name = DEFAULT_NAME
+        self.output = Output.text
+        self.verbose = False
+
+    @property
+    def as_json(self) -> bool:
+        """Whether nothing but JSON may go to stdout."""
+        return self.output is not Output.text
+
+    @property
+    def chatty(self) -> bool:
+        """Whether progress may be shown: for a person at a terminal only."""
+        return not self.as_json and sys.stdout.isatty()
+
+    @cached_property
+    def console(self) -> Console:
+        """stdout, for tables and text."""
+        from rich.console import Console
+
+        return Console(highlight=False)
+
+    @cached_property
+    def stderr(self) -> Console:
+        """stderr, for progress and remarks."""
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False)
+
+    def emit(self, value: Any) -> None:
+        """Print one JSON value to stdout: on one line for `jsonl`, indented otherwise."""
+        indent = None if self.output is Output.jsonl else 2
+        print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
+
+    def emit_line(self, value: Any) -> None:
+        """Print one event of a stream as one line of JSON, whichever JSON form was asked for."""
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+
+    def say(self, message: str) -> None:
+        """Print a line for people: the result of a command, not its progress."""
+        if not self.as_json:
+            print(message, flush=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[None]:
+        """Show that something is under way, on stderr and only to a person at a terminal."""
+        if not self.chatty:
+            yield
+            return
+        with self.stderr.status(title):
+            yield
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """The runtime of the mesh of this name; raises Missing if it does not run."""
+        from meshdemo.runtime.select import find
+
+        return find(self.name)
+
+    @cached_property
+    def client(self) -> ControlClient:
+        """A client of the mesh's control plane; raises Missing if the mesh does not run.
+
+        Made without the runtime where that is possible, since `stat` has 300 ms in all.
+        """
+        from meshdemo.runtime.select import control
+
+        return control(self.name)
+
+
+def of(ctx: typer.Context) -> Context:
+    """The Context of this invocation."""
+    return ctx.ensure_object(Context)
