@@ -104,6 +104,7 @@ class Effect(_Value):
     revision: int
     effective_ms: float
     sidecars: int
+    unconfirmed: tuple[str, ...] = Field(default=(), description="connected, but did not answer in time")
 
 
 class WorkloadRevision(_Value):
