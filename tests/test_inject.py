@@ -1,0 +1,471 @@
+"""inject and uninject on manifests of many shapes: what is added, and that nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshdemo.errors import BadInput
+from meshdemo.runtime.kubernetes.inject import TEMPLATES, Additions, PodTemplate, inject, uninject
+
+ADDED = Additions(
+    init_containers=[
+        {"name": "mesh-redirect", "image": "mesh:1", "args": ["a: b", "# no comment"]},
+        {"name": "mesh-sidecar", "image": "mesh:1", "restartPolicy": "Always"},
+    ],
+    volumes=[{"name": "mesh-token", "emptyDir": {}}],
+    labels={"mesh/label": "yes"},
+    annotations={"mesh/note": "two\nlines"},
+)
+
+
+def added(_: PodTemplate) -> Additions:
+    return ADDED
+
+
+def pod_template(manifest: Any) -> Any:
+    for key in TEMPLATES[manifest["kind"]]:
+        manifest = manifest[key]
+    return manifest
+
+
+def check(text: str, injected: int = 1) -> str:
+    """The laws that hold for every input; the injected text for further looks."""
+    out, outcomes = inject(text, added)
+    assert [o.action for o in outcomes].count("injected") == injected, outcomes
+    before, after = list(yaml.safe_load_all(text)), list(yaml.safe_load_all(out))
+    assert len(before) == len(after)
+    for old, new in zip(before, after, strict=True):
+        pairs = zip(old["items"], new["items"], strict=True) if old["kind"] == "List" else [(old, new)]
+        for was, now in pairs:
+            if was == now:
+                continue
+            template, original = pod_template(now), pod_template(was)
+            spec = template["spec"]
+            assert [c["name"] for c in spec["initContainers"]][:2] == ["mesh-redirect", "mesh-sidecar"]
+            assert spec["initContainers"][:2] == list(ADDED.init_containers)
+            assert spec["initContainers"][2:] == (original["spec"].get("initContainers") or [])
+            assert spec["volumes"] == [*ADDED.volumes, *(original["spec"].get("volumes") or [])]
+            assert spec["containers"] == original["spec"]["containers"]
+            metadata, was_metadata = template["metadata"], original.get("metadata") or {}
+            assert metadata["labels"] == {**ADDED.labels, **(was_metadata.get("labels") or {})}
+            assert metadata["annotations"].items() >= (was_metadata.get("annotations") or {}).items()
+            assert metadata["annotations"]["mesh/note"] == "two\nlines"
+    again, outcomes = inject(out, added)
+    assert again == out, "a second time changes nothing"
+    assert "injected" not in [o.action for o in outcomes]
+    back, _ = uninject(out, ADDED)
+    assert back == text, "uninject gives back the original, byte for byte"
+    return out
+
+
+SHAPES = {
+    "plain deployment with comments": """\
+# the shop
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: "web"   # quoted
+spec:
+  replicas: 2
+  template:
+    metadata:
+      labels: {app: web}   # flow
+    spec:
+      # the one that sells
+      containers:
+      - name: web
+        image: 'web:1'
+""",
+    "list items not indented, volumes there": """\
+kind: StatefulSet
+metadata: {name: db}
+spec:
+  template:
+    metadata:
+      labels:
+        app: db
+      annotations:
+        "a/b": 'c'
+    spec:
+      volumes:
+      - name: data
+        emptyDir: {}
+      containers:
+      - name: db
+""",
+    "list items indented, odd spaces": """\
+kind: DaemonSet
+metadata: {name: log}
+spec:
+    template:
+        metadata:
+            labels:  {a: b}
+        spec:
+            containers:
+              -   name: log
+                  args: [ "x" , 'y' ]
+            volumes:
+
+              # comment between
+              -   name: v
+                  hostPath: {path: /var/log}
+""",
+    "job without template metadata": """\
+kind: Job
+metadata: {name: j}
+spec:
+  template:
+    spec:
+      restartPolicy: Never
+      containers:
+      - name: j
+        command:
+        - sh
+        - -c
+        - |
+          echo "kind: Pod"
+          # not a comment
+""",
+    "cron job with nulls": """\
+kind: CronJob
+metadata: {name: c}
+spec:
+  jobTemplate:
+    spec:
+      template:
+        metadata:
+          annotations:
+          labels: ~   # none
+        spec:
+          initContainers: []
+          volumes: null # none
+          containers:
+          - name: c
+""",
+    "empty template metadata": """\
+kind: Deployment
+metadata: {name: e}
+spec:
+  template:
+    metadata: {}
+    spec: {containers: [{name: e}]}
+""",
+    "null template metadata": """\
+kind: Deployment
+metadata: {name: e}
+spec:
+  template:
+    metadata:
+    spec:
+      containers:
+      - name: e
+""",
+    "bare pod with init containers": """\
+apiVersion: v1
+kind: Pod
+metadata:
+  name: p
+  labels:
+    a: b
+spec:
+  initContainers:
+    # waits
+    - name: wait
+      image: busybox
+  containers:
+    - name: p
+""",
+    "replica set, keys in alphabetical order": """\
+kind: ReplicaSet
+metadata:
+  name: r
+spec:
+  template:
+    metadata:
+      creationTimestamp: null
+      labels:
+        app: r
+    spec:
+      containers:
+      - name: r
+      dnsPolicy: ClusterFirst
+      schedulerName: default-scheduler
+status: {}
+""",
+    "replication controller": """\
+kind: ReplicationController
+metadata: {name: rc}
+spec:
+  template:
+    metadata: {labels: {a: b}}
+    spec: {containers: [{name: rc, image: x}], volumes: [{name: v}]}
+""",
+    "list": """\
+apiVersion: v1
+items:
+- apiVersion: apps/v1
+  kind: Deployment
+  metadata:
+    name: one
+  spec:
+    template:
+      metadata:
+        labels:
+          app: one
+      spec:
+        containers:
+        - name: one
+- apiVersion: v1
+  kind: Service
+  metadata: {name: one}
+  spec: {ports: [{port: 80}]}
+kind: List
+metadata:
+  resourceVersion: ""
+""",
+    "several documents, leading marker": """\
+---
+# first
+kind: Service
+metadata: {name: s}
+---
+kind: Pod
+metadata: {name: p}
+spec:
+  containers:
+  - {name: p}
+...
+---
+kind: ConfigMap
+data:
+  x: |
+    kind: Pod
+""",
+    "json": '{"kind":"Pod","metadata":{"name":"x"},"spec":{"containers":[{"name":"a"}],"volumes":[]}}',
+    "json over lines": json.dumps(
+        {
+            "kind": "Pod",
+            "metadata": {"name": "x", "labels": {"a": "b"}},
+            "spec": {"containers": [{"name": "a"}]},
+        },
+        indent=2,
+    ),
+    "windows line ends": "kind: Pod\r\nmetadata:\r\n  name: z\r\nspec:\r\n  containers:\r\n  - name: a\r\n",
+    "no newline at the end": "kind: Pod\nmetadata:\n  name: z\nspec:\n  containers:\n  - name: a",
+    "anchors and aliases beside the template": """\
+kind: Deployment
+metadata: {name: a, labels: &labels {app: a}}
+spec:
+  selector: {matchLabels: *labels}
+  template:
+    metadata:
+      labels: {app: a}
+    spec:
+      containers:
+      - &main
+        name: a
+        env: &env [{name: X, value: "1"}]
+      - name: b
+        env: *env
+""",
+    "text beyond ASCII": """\
+kind: Pod
+metadata:
+  name: p
+  annotations:
+    note: "Grüße, 世界 🌍"   # ü
+spec:
+  containers:
+  - name: p
+""",
+    "folded and literal scalars last": """\
+kind: Pod
+metadata:
+  name: p
+  annotations:
+    text: >-
+      folded
+
+      text
+spec:
+  containers:
+  - name: p
+    args:
+    - |+
+      keep
+
+  volumes:
+  - name: v
+    configMap: {name: c}
+
+# the end
+""",
+    "tags": """\
+kind: !!str Pod
+metadata: !!map
+  name: p
+spec:
+  containers: !!seq
+  - name: !!str p
+""",
+    "anchored spec": """\
+kind: Pod
+metadata: &m
+  name: p
+spec: &s
+  containers: &c
+  - name: p
+  volumes: &v
+  - name: w
+""",
+}
+
+
+@pytest.mark.parametrize("text", SHAPES.values(), ids=list(SHAPES))
+def test_public_shapes(text: str) -> None:
+    check(text)
+
+
+def test_unmeshed_parts_are_untouched_line_by_line() -> None:
+    text = SHAPES["plain deployment with comments"]
+    out = check(text).splitlines()
+    assert [line for line in text.splitlines() if line not in out] == ["      labels: {app: web}   # flow"]
+
+
+@pytest.mark.parametrize(
+    ("text", "action", "reason"),
+    [
+        ("kind: Pod\nmetadata: {name: a}\nspec: {hostNetwork: true, containers: [{name: a}]}", "refused", "hostNetwork"),
+        ("kind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: istio-proxy}]}", "refused", "Istio"),
+        ("kind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: a}], initContainers: [{name: linkerd-proxy}]}",
+         "refused", "Linkerd"),
+        ("kind: Pod\nmetadata: {name: a, annotations: {meshdemo.dev/inject: disabled}}\nspec: {containers: [{name: a}]}",
+         "skipped", "meshdemo.dev/inject"),
+        ("kind: Deployment\nmetadata: {name: a}\nspec: {}", "refused", "no pod template"),
+        ("kind: Pod\nmetadata: {name: a}\nspec: {containers: []}", "refused", "no containers"),
+        ("x: &s {containers: [{name: a}]}\nkind: Pod\nmetadata: {name: a}\nspec: *s", "refused", "alias"),
+        ("x: &s {containers: [{name: a}]}\nkind: Pod\nmetadata: {name: a}\nspec:\n  <<: *s\n  restartPolicy: Never",
+         "refused", "merge key"),
+        ("kind: Pod\nmetadata: {name: a}\nspec:\n  ? containers\n  : - name: p", "refused", "explicit key"),
+    ],
+)  # fmt: skip
+def test_what_takes_no_sidecar_says_why(text: str, action: str, reason: str) -> None:
+    out, outcomes = inject(text, added)
+    assert out == text
+    assert [o.action for o in outcomes] == [action]
+    assert reason in outcomes[0].reason
+
+
+def test_a_switch_on_the_workload_itself_counts() -> None:
+    text = SHAPES["plain deployment with comments"].replace(
+        'name: "web"', 'name: "web"\n  annotations: {meshdemo.dev/inject: disabled}'
+    )
+    assert inject(text, added)[0] == text
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "kind: Service\n", "- a\n- b\n", "just text"])
+def test_other_kinds_pass(text: str) -> None:
+    assert inject(text, added) == (text, [])
+    assert uninject(text, ADDED) == (text, [])
+
+
+def test_broken_yaml_names_the_place() -> None:
+    with pytest.raises(BadInput, match=r"line 3, column"):
+        inject("kind: Pod\nspec:\n  a: [}\n", added)
+
+
+def test_uninject_after_the_cluster_reordered_everything() -> None:
+    manifest = yaml.safe_load(check(SHAPES["list items not indented, volumes there"]))
+    spec = manifest["spec"]["template"]["spec"]
+    spec["volumes"].reverse()
+    text = yaml.safe_dump(manifest, sort_keys=True)
+    back, _ = uninject(text, ADDED)
+    assert yaml.safe_load(back) == yaml.safe_load(SHAPES["list items not indented, volumes there"])
+
+
+names = st.from_regex(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
+texts = st.one_of(
+    names, st.sampled_from(["", "true", "1", "a: b", "# x", "- y", "ü", "*a", "&b", "!c", "null"])
+)
+string_maps = st.dictionaries(names, texts, max_size=3)
+containers = st.lists(
+    st.fixed_dictionaries(
+        {"name": names}, optional={"image": texts, "args": st.lists(texts, max_size=3), "env": st.just(None)}
+    ),
+    min_size=1,
+    max_size=3,
+)
+volumes = st.lists(st.fixed_dictionaries({"name": names, "emptyDir": st.just({})}), max_size=2)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> dict[str, Any]:
+    """A manifest of any kind that takes a sidecar, with any of the optional parts absent, null or empty."""
+    kind = draw(st.sampled_from(sorted(TEMPLATES)))
+    spec = draw(
+        st.fixed_dictionaries(
+            {"containers": containers},
+            optional={
+                "volumes": st.one_of(st.none(), volumes),
+                "initContainers": st.one_of(st.none(), containers),
+                "restartPolicy": st.just("Always"),
+            },
+        )
+    )
+    metadata = draw(
+        st.one_of(
+            st.none(),
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "labels": st.one_of(st.none(), string_maps),
+                    "annotations": st.one_of(st.none(), string_maps),
+                    "name": names,
+                },
+            ),
+        )
+    )
+    node: dict[str, Any] = {"spec": spec}
+    if kind == "Pod":
+        return {"kind": kind, "metadata": {**(metadata or {}), "name": draw(names)}, **node}
+    if metadata is not None or draw(st.booleans()):
+        node["metadata"] = metadata
+    for key in reversed(TEMPLATES[kind]):
+        node = {key: node}
+    return {"kind": kind, "metadata": {"name": draw(names)}, **node}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    objects=st.lists(manifests(), min_size=1, max_size=3),
+    flow=st.sampled_from([False, None, True]),
+    indent=st.integers(2, 6),
+    explicit=st.booleans(),
+)
+def test_any_manifest(objects: list[dict[str, Any]], flow: bool | None, indent: int, explicit: bool) -> None:
+    text = yaml.safe_dump_all(
+        objects, default_flow_style=flow, indent=indent, allow_unicode=True, explicit_start=explicit
+    )
+    check(text, injected=len(objects))
+
+
+@settings(max_examples=50, deadline=None)
+@given(objects=st.lists(manifests(), min_size=1, max_size=3))
+def test_any_list_as_json(objects: list[dict[str, Any]]) -> None:
+    check(json.dumps({"kind": "List", "items": objects}), injected=len(objects))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="kind: Pod\nspec[]{}-&*!|>'\"%#,?\t", max_size=120))
+def test_any_text_is_refused_or_passes(text: str) -> None:
+    try:
+        out, outcomes = inject(text, added)
+    except BadInput:
+        return
+    assert out == text or any(o.action == "injected" for o in outcomes)
