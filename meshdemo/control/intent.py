@@ -323,13 +323,11 @@ def _version(mesh: MeshState, service: str, version: Any) -> None:
     known = dict.fromkeys(
         [*mesh.app.services[service].versions, *(i.version for i in mesh.instances if i.service == service)]
     )
-    if version not in known:
+    if not isinstance(version, str) or version not in known:
         raise BadInput(f"unknown version '{version}' of {service}", f"its versions: {', '.join(known)}")
 
 
-def _instance(
-    mesh: MeshState, name: Any, service: str | None = None, version: str | None = None
-) -> Instance:
+def _instance(mesh: MeshState, name: Any, service: str | None = None, version: str | None = None) -> Instance:
     fitting = [
         instance
         for instance in mesh.instances
@@ -422,7 +420,7 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o600) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
