@@ -458,8 +458,9 @@ class ControlClient:
                 f"the control plane at {self.base_url} did not answer {method} {path} in time",
                 "see `meshdemo logs` for what it is doing",
             )
+        cause = getattr(error, "strerror", None) or error
         return Missing(
-            f"the control plane does not answer at {self.base_url}: {getattr(error, 'strerror', None) or error}",
+            f"the control plane does not answer at {self.base_url}: {cause}",
             "`meshdemo status` says what runs; `meshdemo up` starts what is missing",
         )
 

@@ -94,14 +94,15 @@ class Cell:
     inbound: bool
     peer: str
     route: str
-    requests: int = 0
+    requests: int = 0  # without the denied ones, which never reached the app
     failures: int = 0  # 5xx, gRPC error status, reset or timeout
     denied: int = 0  # refused by access rules; not a failure
     refused: int = 0  # refused by a circuit breaker; in outbound cells also counted as a failure
     secured: int = 0  # over mutual TLS, as the sidecar saw the peer's certificate
     identity: str = ""  # the peer's SPIFFE id
     codes: Mapping[str, int] = field(default_factory=dict)  # response code -> count
-    latency: Histogram = field(default_factory=Histogram)
+    latency: Histogram = field(default_factory=Histogram)  # of `requests`; a reset one may have none
+    failed_latency: Histogram = field(default_factory=Histogram)  # the part of `latency` that failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class Signal:
     requests: int
     failures: int
     latency: Histogram
+    failed_latency: Histogram = field(default_factory=Histogram)
     overdue: int = 0  # in flight for longer than one export and still unanswered
     denied: int = 0
     refused: int = 0
@@ -151,6 +153,13 @@ class Signal:
     def success_rate(self) -> float | None:
         """Share of requests that the service itself answered well (0..1); None without requests."""
         return 1 - self.failures / self.requests if self.requests else None
+
+    def bad(self, slower_than_ms: float | None = None) -> int:
+        """Requests that failed or were too slow; one that did both counts once."""
+        if slower_than_ms is None:
+            return self.failures
+        slow = self.latency.above(slower_than_ms) - self.failed_latency.above(slower_than_ms)
+        return self.failures + slow
 
     @property
     def effective_success_rate(self) -> float | None:
@@ -182,15 +191,21 @@ def _cell_to_json(cell: Cell) -> dict[str, Any]:
             row[name] = value
     if cell.codes:
         row["codes"] = dict(cell.codes)
-    if cell.latency.counts:
-        row["latency"] = list(cell.latency.counts.items())
+    for name in ("latency", "failed_latency"):
+        if counts := getattr(cell, name).counts:
+            row[name] = list(counts.items())
     return row
 
 
 def sample_from_json(row: Mapping[str, Any]) -> Sample:
     """The inverse of `sample_to_json`."""
-    cells = tuple(
-        Cell(**{**cell, "latency": Histogram({int(index): int(n) for index, n in cell.get("latency", ())})})
-        for cell in row["cells"]
-    )
-    return Sample(**{**row, "cells": cells})
+    return Sample(**{**row, "cells": tuple(_cell_from_json(cell) for cell in row["cells"])})
+
+
+def _cell_from_json(row: Mapping[str, Any]) -> Cell:
+    latencies = {
+        name: Histogram({index: n for index, n in row[name]})
+        for name in ("latency", "failed_latency")
+        if name in row
+    }
+    return Cell(**{**row, **latencies})
