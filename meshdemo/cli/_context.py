@@ -7,6 +7,7 @@ because the time of a cold `meshdemo stat` goes into imports.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from meshdemo.control.client import ControlClient
+    from meshdemo.control.model import Effect
     from meshdemo.runtime.base import Runtime
 
 DEFAULT_NAME = "mesh-demo"
+_PIPE_WIDTH = 240
 
 
 class Output(StrEnum):
@@ -56,7 +59,9 @@ class Context:
         """stdout, for tables and text."""
         from rich.console import Console
 
-        return Console(highlight=False)
+        # Into a pipe a table is as wide as it needs to be, not cut to the 80 columns that rich assumes.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+        return Console(highlight=False, width=width)
 
     @cached_property
     def stderr(self) -> Console:
@@ -109,3 +114,26 @@ class Context:
 def of(ctx: typer.Context) -> Context:
     """The Context of this invocation."""
     return ctx.ensure_object(Context)
+
+
+def effect(value: Effect) -> dict[str, Any]:
+    """What a change took, as the JSON that every changing command prints."""
+    return {
+        "revision": value.revision,
+        "effective_ms": round(value.effective_ms, 2),
+        "sidecars": value.sidecars,
+        "unconfirmed": list(value.unconfirmed),
+    }
+
+
+def effect_words(value: Effect) -> str:
+    """What a change took, in words."""
+    words = f"in force after {value.effective_ms:.0f} ms on {sidecars(value.sidecars)}"
+    if value.unconfirmed:
+        words += f"; no answer yet from {', '.join(value.unconfirmed)}"
+    return words
+
+
+def sidecars(count: int) -> str:
+    """`1 sidecar`, `3 sidecars`."""
+    return f"{count} sidecar{'' if count == 1 else 's'}"

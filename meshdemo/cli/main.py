@@ -181,6 +181,9 @@ def run(argv: list[str] | None = None) -> NoReturn:
         status = 1
     except KeyboardInterrupt:
         status = 130
+    except BadInput as error:
+        _complain(str(error), "", context, error)  # on one line: what was typed and what is allowed
+        status = error.exit_status
     except MeshdemoError as error:
         _complain(error.message, error.remedy, context, error)
         status = error.exit_status

@@ -1,0 +1,105 @@
+"""`meshdemo traffic`: how callers reach a service: splits, timeouts, retries, circuit breakers, mirrors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from meshdemo.cli import _context, _values
+from meshdemo.errors import BadInput
+
+app = typer.Typer(no_args_is_help=True, help="How callers reach a service.")
+
+
+@app.command("set")
+def set_(
+    ctx: typer.Context,
+    service: Annotated[str, typer.Argument(help="The service that is called.")],
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="v1=90,v2=10", help="Weights by version; sum 100.")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="DURATION", help="Of a request, such as 500ms.")
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option("--retries", metavar="N", help="Of a failed request; 0: none.")
+    ] = None,
+    max_connections: Annotated[
+        int | None, typer.Option("--max-connections", metavar="N", help="Circuit breaker.")
+    ] = None,
+    max_pending: Annotated[
+        int | None, typer.Option("--max-pending", metavar="N", help="Circuit breaker.")
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option("--max-requests", metavar="N", help="Circuit breaker.")
+    ] = None,
+    mirror: Annotated[
+        str | None, typer.Option("--mirror", metavar="V=SHARE", help="Copy a share of requests to V.")
+    ] = None,
+    outlier: Annotated[
+        str | None, typer.Option("--outlier", metavar="on|off", help="Passive ejection of bad instances.")
+    ] = None,
+) -> None:
+    """Change how callers reach SERVICE. What is not named stays as it is."""
+    changes: dict[str, Any] = {
+        "retries": retries,
+        "max_connections": max_connections,
+        "max_pending": max_pending,
+        "max_requests": max_requests,
+        "split": None if split is None else _values.split(split),
+        "timeout_ms": None if timeout is None else _whole_ms(timeout),
+        "mirror": None if mirror is None else _values.mirror(mirror),
+        "outlier": None if outlier is None else _on_off(outlier),
+    }
+    changes = {field: value for field, value in changes.items() if value is not None}
+    if not changes:
+        raise BadInput("nothing to set: give --split, --timeout, --retries, ... (see --help)")
+    context = _context.of(ctx)
+    traffic, effect = context.client.set_traffic(service, changes)
+    if context.as_json:
+        context.emit(
+            {"service": service, "traffic": traffic.model_dump(mode="json"), **_context.effect(effect)}
+        )
+    else:
+        from meshdemo.ui import tables
+
+        context.say(f"{service}: {tables.traffic_words(traffic)}; {_context.effect_words(effect)}")
+
+
+def _whole_ms(text: str) -> int:
+    ms = round(_values.duration_s(text, "--timeout") * 1000)
+    if ms < 1:
+        raise BadInput(f"--timeout {text!r}: at least 1ms")
+    return ms
+
+
+def _on_off(text: str) -> bool:
+    if text not in {"on", "off"}:
+        raise BadInput(f"--outlier {text!r}: allowed is on or off")
+    return text == "on"
+
+
+@app.command()
+def show(
+    ctx: typer.Context,
+    service: Annotated[
+        str | None, typer.Argument(help="Only this service (default: all).", show_default=False)
+    ] = None,
+) -> None:
+    """The traffic rules in force; a service without any has the defaults of the sidecars."""
+    context = _context.of(ctx)
+    rules = context.client.traffic()
+    if service is not None:
+        services = context.runtime.app().services
+        if service not in services:
+            raise BadInput(f"no service '{service}'; there are: {', '.join(services)}")
+        rules = {name: rule for name, rule in rules.items() if name == service}
+    if context.as_json:
+        context.emit({name: rule.model_dump(mode="json") for name, rule in rules.items()})
+    elif rules:
+        from meshdemo.ui import tables
+
+        context.console.print(tables.traffic(rules))
+    else:
+        context.say("no traffic rules: the defaults of the sidecars apply")

@@ -1,0 +1,177 @@
+"""Tables and lines that commands print and the live dashboard reuses. Data in, rich renderables out.
+
+Every state is a symbol and a word; colour only repeats it. Tables have no frame, so that they read well and
+can be cut with awk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from meshdemo.ui import format as fmt
+
+if TYPE_CHECKING:
+    from meshdemo.control.client import AccessRow, EdgeRow, SignalRow, TapEvent
+    from meshdemo.control.model import Fault, Traffic
+
+# Below this share of successes a figure is coloured red, below the other yellow. It is a hint for the eye;
+# what is healthy is for the policy to say.
+_BAD_SHARE = 0.95
+_POOR_SHARE = 0.99
+
+
+def plain(*headings: str) -> Table:
+    """A table without a frame; a heading that starts with '>' is for figures, aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in headings:
+        justify: Any = "right" if heading.startswith(">") else "left"
+        # A name is never cut: a row that does not fit is folded, and the terminal can be made wider.
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=heading.startswith(">"))
+    return table
+
+
+def share(value: float | None) -> Text:
+    """A success share, coloured where it is low."""
+    style = ""
+    if value is not None and value < _POOR_SHARE:
+        style = "red" if value < _BAD_SHARE else "yellow"
+    return Text(fmt.percent(value), style)
+
+
+def signals(rows: Sequence[SignalRow], by: str) -> Table:
+    """`stat`: one row for each scope. Columns that would be the same for all rows are left out."""
+    keys = ["service"] if by == "service" else ["service", by]
+    if by == "instance":
+        keys = ["service", "version", "instance"]
+    effective = any(row["effective_success_rate"] is not None for row in rows)
+    notes = [_note(row) for row in rows]
+    table = plain(
+        *(key.upper() for key in keys),
+        ">RPS",
+        ">SUCCESS",
+        *([">EFFECTIVE"] if effective else []),
+        ">P50",
+        ">P95",
+        ">P99",
+        *(["STATE"] if any(notes) else []),
+    )
+    for row, note in zip(rows, notes, strict=True):
+        labels: Mapping[str, Any] = row
+        cells: list[str | Text] = [str(labels.get(key) or fmt.NOTHING) for key in keys]
+        cells += [fmt.rate(row["rps"]), share(row["success_rate"])]
+        cells += [share(row["effective_success_rate"])] if effective else []
+        cells += [fmt.latency(row["p50_ms"]), fmt.latency(row["p95_ms"]), fmt.latency(row["p99_ms"])]
+        table.add_row(*cells, *([note] if any(notes) else []))
+    return table
+
+
+def _note(row: SignalRow) -> Text:
+    if row["silent"]:
+        return Text("? silent", "yellow")
+    if row["ejected"]:
+        return Text("⏏ ejected", "magenta")
+    parts = [f"{row[key]} {key}" for key in ("overdue", "refused", "denied") if row[key]]
+    return Text(f"! {', '.join(parts)}" if parts else "", "yellow")
+
+
+def edges(rows: Sequence[EdgeRow]) -> Table:
+    """`edges`: who calls whom."""
+    table = plain("CALLER", "SERVICE", "SECURED", ">RPS", ">SUCCESS", ">P50", ">P99", ">DENIED", "IDENTITY")
+    for row in rows:
+        secured = Text("✓ mTLS", "green") if row["secured"] else Text("✗ no", "red")
+        table.add_row(
+            row["caller"] or "(unknown)", row["service"], secured, fmt.rate(row["rps"]),
+            share(row["success_rate"]), fmt.latency(row["p50_ms"]), fmt.latency(row["p99_ms"]),
+            str(row["denied"] or fmt.NOTHING), row["identity"] or fmt.NOTHING,
+        )  # fmt: skip
+    return table
+
+
+def access(rows: Sequence[AccessRow]) -> Table:
+    """`access show`: who may call whom."""
+    table = plain("CALLER", "SERVICE", "ACCESS", "SAID BY")
+    for row in rows:
+        allowed = Text("✓ allowed", "green") if row["allowed"] else Text("✗ denied", "red")
+        said_by = "meshdemo access" if row["explicit"] else "app file"
+        table.add_row(row["caller"], row["service"], allowed, said_by)
+    return table
+
+
+def tap_line(request: TapEvent) -> Text:
+    """`tap`: one request on one line."""
+    status = str(request["status"])
+    if request["grpc_status"] is not None:
+        status += f" grpc {request['grpc_status']}"
+    failed = request["status"] >= 500 or request["status"] == 0 or bool(request["grpc_status"])
+    line = Text(f"{fmt.clock(request['time'])}  ")
+    line.append(f"{request['caller'] or '(unknown)'} → {request['instance']}  ")
+    line.append(f"{request['method']} {request['path']}  ")
+    line.append(status, "red" if failed else "green")
+    line.append(f"  {fmt.latency(request['latency_ms'])}")
+    if request["flags"] not in {"", "-"}:
+        line.append(f"  {request['flags']}", "yellow")
+    return line
+
+
+def faults(rows: Iterable[Fault]) -> Table:
+    """`fault list`: the faults in force."""
+    table = plain("ID", "AT", "WHERE", "WHAT", "SINCE", "UNTIL")
+    for fault in rows:
+        until = fmt.clock(fault.expires_at) if fault.expires_at else "cleared"
+        where, what = _fault_place(fault), _fault_harm(fault)
+        table.add_row(fault.id, fault.at, where, what, fmt.clock(fault.started_at), until)
+    return table
+
+
+def fault_words(fault: Fault) -> str:
+    """A fault as a phrase: `200 ms and 20% errors on service-b v2 at the mesh`."""
+    at = {"app": " in the app", "mesh": " in the sidecars", "process": ""}[fault.at]
+    return f"{_fault_harm(fault)} on {_fault_place(fault)}{at}"
+
+
+def _fault_harm(fault: Fault) -> str:
+    if fault.kind != "degrade":
+        return {"crash": "crash", "hang": "hang"}[fault.kind]
+    parts = []
+    if fault.lat_ms:
+        partly = f" for {fmt.percent(fault.share, 0)}" if fault.share < 1 else ""
+        parts.append(f"{fault.lat_ms:g} ms{partly}")
+    if fault.err_rate:
+        parts.append(f"{fault.err_rate * 100:g}% errors")
+    return " and ".join(parts)
+
+
+def _fault_place(fault: Fault) -> str:
+    place = fault.instance or " ".join(filter(None, (fault.service, fault.version)))
+    if fault.route:
+        place += f" {fault.route}"
+    return f"{place} for {fault.caller}" if fault.caller else place
+
+
+def traffic(rules: Mapping[str, Traffic]) -> Table:
+    """`traffic show`: one row for each service that has rules."""
+    table = plain("SERVICE", "RULES", "SINCE")
+    for service, rule in rules.items():
+        table.add_row(service, traffic_words(rule), fmt.clock(rule.since) if rule.since else fmt.NOTHING)
+    return table
+
+
+def traffic_words(rule: Traffic) -> str:
+    """Traffic rules as a phrase, those that are not set left out."""
+    parts = []
+    if rule.split:
+        parts.append("split " + ", ".join(f"{version} {weight}%" for version, weight in rule.split.items()))
+    if rule.mirror:
+        parts.append("mirror " + ", ".join(f"{v} {fmt.percent(s, 0)}" for v, s in rule.mirror.items()))
+    if rule.timeout_ms is not None:
+        parts.append(f"timeout {rule.timeout_ms} ms")
+    for name in ("retries", "max_connections", "max_pending", "max_requests"):
+        if (value := getattr(rule, name)) is not None:
+            parts.append(f"{name.replace('_', ' ')} {value}")
+    if rule.outlier is not None:
+        parts.append(f"outlier detection {'on' if rule.outlier else 'off'}")
+    return "; ".join(parts) or "defaults"
