@@ -33,7 +33,8 @@ def percent(share: float | None, digits: int = 2) -> str:
         return "100%"
     scale = 10**digits
     # The addend keeps 0.29 (0.28999... in binary) from becoming 28.99.
-    return f"{math.floor(share * 100 * scale + 1e-7) / scale:.{digits}f}%"
+    steps = min(math.floor(share * 100 * scale + 1e-7), 100 * scale - 1)
+    return f"{steps / scale:.{digits}f}%"
 
 
 def latency(ms: float | None) -> str:
@@ -78,10 +79,11 @@ def sparkline(values: Sequence[float | None], width: int, top: float | None = No
 def _bar(value: float | None, highest: float) -> str:
     if value is None:
         return " "
-    if highest <= 0:
+    if value <= 0 or highest <= 0:
         return _BARS[0]
-    step = math.ceil(value / highest * len(_BARS)) - 1
-    return _BARS[max(0, min(step, len(_BARS) - 1))]
+    # The lowest bar is nought and nothing else, so that one bad request in a hundred still shows.
+    step = math.ceil(value / highest * (len(_BARS) - 1))
+    return _BARS[max(1, min(step, len(_BARS) - 1))]
 
 
 def meter(share: float, width: int) -> str:
