@@ -101,6 +101,7 @@ class Cell:
     secured: int = 0  # over mutual TLS, as the sidecar saw the peer's certificate
     identity: str = ""  # the peer's SPIFFE id
     codes: Mapping[str, int] = field(default_factory=dict)  # response code -> count
+    version: str = ""  # outbound: the version of `peer` that the (last) try went to
     latency: Histogram = field(default_factory=Histogram)  # of `requests`; a reset one may have none
     failed_latency: Histogram = field(default_factory=Histogram)  # the part of `latency` that failed
 
@@ -117,6 +118,7 @@ class Sample:
     end: float
     in_flight: int = 0  # inbound requests unanswered at `end`
     arrived: int = 0  # inbound requests that arrived in (start, end]
+    overdue: int = 0  # at least so many of those in flight at `end` were so at `start` already
     cells: Sequence[Cell] = ()
 
 
@@ -180,13 +182,14 @@ def sample_to_json(sample: Sample) -> dict[str, Any]:
         "end": sample.end,
         "in_flight": sample.in_flight,
         "arrived": sample.arrived,
+        "overdue": sample.overdue,
         "cells": [_cell_to_json(cell) for cell in sample.cells],
     }
 
 
 def _cell_to_json(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {"inbound": cell.inbound, "peer": cell.peer, "route": cell.route}
-    for name in ("requests", "failures", "denied", "refused", "secured", "identity"):
+    for name in ("requests", "failures", "denied", "refused", "secured", "identity", "version"):
         if value := getattr(cell, name):
             row[name] = value
     if cell.codes:
@@ -203,9 +206,5 @@ def sample_from_json(row: Mapping[str, Any]) -> Sample:
 
 
 def _cell_from_json(row: Mapping[str, Any]) -> Cell:
-    latencies = {
-        name: Histogram({index: n for index, n in row[name]})
-        for name in ("latency", "failed_latency")
-        if name in row
-    }
+    latencies = {name: Histogram(dict(row[name])) for name in ("latency", "failed_latency") if name in row}
     return Cell(**{**row, **latencies})

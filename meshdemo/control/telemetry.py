@@ -1,0 +1,478 @@
+"""OTLP in, samples out: what the sidecars report, kept for ten minutes.
+
+Each sidecar pushes its stats about every second. An export is decoded into a `Sample` at once (the stats
+access logger's counters and histograms, see templates/envoy) and the message is dropped.
+
+Time: a sample is placed by the sidecar's own stamps, moved onto the control plane's clock by the smallest
+difference between receipt and stamp seen for that sidecar. Windows of several sidecars then line up although
+their clocks differ, and exports that arrive late in a bunch (a control plane that stood still) fall into the
+seconds they are about. A difference that jumps by seconds means that the sidecar's clock was set: then
+receipt counts.
+
+Counters and histograms are deltas, and Envoy does not send an export twice; one whose stamp is not newer
+than the last is a repetition on the way and is dropped.
+
+Memory: the last seconds are kept as objects, for windows that are asked for often; older ones are packed to
+a few hundred bytes each, and the oldest go when there are too many.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import marshal
+import threading
+import time
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
+from opentelemetry.proto.metrics.v1 import metrics_pb2
+
+from meshdemo.control.model import Instance
+from meshdemo.control.signals import BOUNDS_MS, Cell, Histogram, Sample, bucket
+
+log = logging.getLogger(__name__)
+
+KEPT_S = 600.0
+SILENT_AFTER_S = 3.0
+
+# Names that templates/envoy gives the stats; see `report` there.
+_REQUESTS = {"inbound.requests": True, "outbound.requests": False}  # name -> inbound
+_LATENCY = {"inbound.latency": True, "outbound.latency": False}
+_IN_FLIGHT, _ARRIVED = "http.inbound.downstream_rq_active", "http.inbound.downstream_rq_total"
+
+# Envoy's flags of a response that began well and was cut off: reset by the upstream or locally, the
+# connection lost, out of time, not the protocol. A caller that walked away (DC) is not among them.
+_BROKEN_OFF = frozenset(("UR", "UC", "LR", "UT", "DT", "SI", "UPE"))
+
+_MAX_CELLS = 2_000  # of one export: what a sidecar may cost, whoever wrote its configuration
+_RESPONSE: bytes = metrics_service_pb2.ExportMetricsServiceResponse().SerializeToString()
+_NOTHING = Histogram()
+
+# xds-protos calls the field by its old name, opentelemetry-proto by its new one; one of both is installed.
+_SCOPES = (
+    "scope_metrics"
+    if "scope_metrics" in metrics_pb2.ResourceMetrics.DESCRIPTOR.fields_by_name
+    else "instrumentation_library_metrics"
+)
+
+
+class Malformed(Exception):
+    """An export that is not what a sidecar of this mesh sends."""
+
+
+# -- one export -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One export, decoded; `start` and `stamp` are seconds since the epoch on the sidecar's clock."""
+
+    start: float
+    stamp: float
+    in_flight: int
+    arrived: int
+    cells: tuple[Cell, ...]
+
+
+_Key = tuple[bool, str, str, str]  # inbound, peer, version, route
+_Attributes = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What the tags of a data point say of its requests."""
+
+    key: _Key
+    identity: str
+    code: str
+    denied: bool
+    failed: bool
+    refused: bool
+
+
+@dataclass(slots=True)
+class _Sum:
+    """A cell while it is being added up."""
+
+    identity: str = ""
+    requests: int = 0
+    failures: int = 0
+    denied: int = 0
+    refused: int = 0
+    secured: int = 0
+    codes: dict[str, int] = field(default_factory=dict)
+    latency: dict[int, int] = field(default_factory=dict)
+    failed_latency: dict[int, int] = field(default_factory=dict)
+
+    def count(self, kind: _Kind, n: int) -> None:
+        """Take in n requests."""
+        if kind.identity:
+            self.identity = kind.identity
+        if kind.denied:
+            self.denied += n
+            return
+        self.requests += n
+        self.codes[kind.code] = self.codes.get(kind.code, 0) + n
+        self.failures += n * kind.failed
+        self.refused += n * kind.refused
+        self.secured += n * bool(kind.identity)
+
+    def spread(self, kind: _Kind, point: metrics_pb2.HistogramDataPoint) -> None:
+        """Take in how long requests took."""
+        if kind.denied:
+            return
+        indices = _indices(point)
+        for position, n in enumerate(list(point.bucket_counts)):
+            if n:
+                index = indices[position]
+                self.latency[index] = self.latency.get(index, 0) + n
+                if kind.failed:
+                    self.failed_latency[index] = self.failed_latency.get(index, 0) + n
+
+    def cell(self, key: _Key) -> Cell:
+        """The sum as a value."""
+        inbound, peer, version, route = key
+        return Cell(
+            inbound=inbound,
+            peer=peer,
+            route=route,
+            requests=self.requests,
+            failures=self.failures,
+            denied=self.denied,
+            refused=self.refused,
+            secured=self.secured,
+            identity=self.identity,
+            codes=self.codes,
+            latency=Histogram(self.latency) if self.latency else _NOTHING,
+            failed_latency=Histogram(self.failed_latency) if self.failed_latency else _NOTHING,
+            version=version,
+        )
+
+
+def decode(raw: bytes) -> Export:
+    """One OTLP metrics export of a sidecar.
+
+    Raises:
+        Malformed: not an export, or more cells than a sidecar may have.
+    """
+    try:
+        message = metrics_service_pb2.ExportMetricsServiceRequest.FromString(raw)
+    except Exception as error:  # the implementations of protobuf raise different classes
+        raise Malformed(f"not an OTLP metrics export: {error}") from error
+    sums: defaultdict[_Key, _Sum] = defaultdict(_Sum)
+    start_ns = stamp_ns = in_flight = arrived = 0
+    metrics = (
+        metric
+        for resource in message.resource_metrics
+        for scope in getattr(resource, _SCOPES)
+        for metric in scope.metrics
+    )
+    for metric in metrics:
+        name = metric.name
+        points = getattr(metric, metric.WhichOneof("data") or "gauge").data_points
+        for point in points:
+            start_ns, stamp_ns = max(start_ns, point.start_time_unix_nano), point.time_unix_nano
+            if name in _LATENCY:
+                kind = _kind(_LATENCY[name], _attributes(point))
+                sums[kind.key].spread(kind, point)
+            elif name in _REQUESTS:
+                kind = _kind(_REQUESTS[name], _attributes(point))
+                sums[kind.key].count(kind, point.as_int)
+            elif name == _IN_FLIGHT:
+                in_flight += point.as_int
+            elif name == _ARRIVED:
+                arrived += point.as_int
+        if len(sums) > _MAX_CELLS:
+            raise Malformed(f"more than {_MAX_CELLS} combinations of peer and route")
+    if not stamp_ns:
+        raise Malformed("an export without a time")
+    cells = tuple(added.cell(key) for key, added in sums.items())
+    return Export(start_ns / 1e9, stamp_ns / 1e9, in_flight, arrived, cells)
+
+
+def _attributes(point: metrics_pb2.NumberDataPoint | metrics_pb2.HistogramDataPoint) -> _Attributes:
+    return tuple([(attribute.key, attribute.value.string_value) for attribute in point.attributes])
+
+
+@functools.lru_cache(maxsize=8192)
+def _kind(inbound: bool, attributes: _Attributes) -> _Kind:
+    """What tags mean; cached, for the same come every second."""
+    # Envoy writes '-' (or nothing) for what a request does not have.
+    tags = {name: "" if value == "-" else value for name, value in attributes}
+    identity = tags.get("caller" if inbound else "peer", "")
+    peer, _, version = (service_of(identity), "", "") if inbound else tags.get("cluster", "").partition("/")
+    flags = frozenset(tags.get("flags", "").split(","))
+    code = tags.get("code") or "0"
+    return _Kind(
+        key=(inbound, peer, version, tags.get("route", "")),
+        identity=identity,
+        code=code,
+        denied="UAEX" in flags or tags.get("access") == "denied",
+        failed=(
+            code[0] == "5"
+            or code == "0"  # no response: reset, or given up by the caller
+            or bool(flags & _BROKEN_OFF)
+            or tags.get("grpc", "") not in ("", "0")
+        ),
+        refused="UO" in flags,
+    )
+
+
+def service_of(identity: str) -> str:
+    """The service that a SPIFFE id (`spiffe://MESH/ns/NAMESPACE/sa/SERVICE`) belongs to; '' if none."""
+    return identity.rsplit("/", 1)[-1] if identity.startswith("spiffe://") else ""
+
+
+_MAPPINGS: dict[tuple[int, float, float], tuple[int, ...]] = {}
+
+
+def _indices(point: metrics_pb2.HistogramDataPoint) -> tuple[int, ...]:
+    """Position in an export's buckets (bounds in µs) -> index in BOUNDS_MS.
+
+    One mesh has one set of bounds, that of templates/envoy, so it is told by its length and ends. A bucket
+    between other bounds goes where its middle falls.
+    """
+    bounds = point.explicit_bounds
+    if not bounds:
+        return (len(BOUNDS_MS),)
+    key = (len(bounds), bounds[0], bounds[-1])
+    found = _MAPPINGS.get(key)
+    if found is None:
+        edges = [0.0, *(bound / 1000 for bound in bounds)]
+        middles = [(low * high) ** 0.5 if low else high / 2 for low, high in itertools.pairwise(edges)]
+        found = (*(bucket(middle) for middle in middles), bucket(edges[-1]))
+        if len(_MAPPINGS) > 16:  # bounds that differ by sidecar: not of our making
+            _MAPPINGS.clear()
+        _MAPPINGS[key] = found
+    return found
+
+
+# -- the last ten minutes ---------------------------------------------------------------------------------
+
+_RECENT_S = 15.0  # as objects
+_RECENT_MAX = 40_000
+_PACKED_MAX_BYTES = 48 << 20
+_SET_CLOCK_S = 3.0  # an export that seems so late was stamped by a clock that has been set
+_GATHER_S = 0.02  # who waits for samples gets those of so long at once
+
+
+@dataclass(slots=True)
+class _Reporter:
+    """What is remembered of one sidecar."""
+
+    offset: float  # control plane's clock minus the sidecar's, plus the shortest way seen
+    stamp: float
+    received: float
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Samples of about one second, compressed."""
+
+    first: int  # sequence number of the first
+    last: int
+    received: float  # of the last
+    content: bytes
+
+
+class Store:
+    """Samples of the last `KEPT_S` seconds, numbered in the order in which they came.
+
+    One thread adds (the control plane's loop), any thread reads. Sequence numbers start at the clock in µs,
+    so that they grow over restarts of the control plane too.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time, kept_s: float = KEPT_S) -> None:
+        self._clock = clock
+        self._kept_s = kept_s
+        self._condition = threading.Condition()
+        self._seq = int(clock() * 1e6)
+        self._recent: deque[tuple[int, float, Sample]] = deque()
+        self._packed: deque[_Packed] = deque()
+        self._packed_bytes = 0
+        self._reporters: dict[str, _Reporter] = {}
+        self._known_since: dict[str, float] = {}
+        self.duplicates = 0
+
+    # -- writing
+
+    def add(self, instance: Instance, export: Export) -> Sample | None:
+        """Take an export in; None if it repeats what is known."""
+        now = self._clock()
+        known = self._reporters.get(instance.id)
+        if known is not None and known.stamp - _SET_CLOCK_S < export.stamp <= known.stamp:
+            self.duplicates += 1
+            return None
+        offset = now - export.stamp
+        if known is not None and offset - known.offset < _SET_CLOCK_S:
+            offset = min(offset, known.offset + 1e-4)  # lets go of a drifting clock by 0.1 ms an export
+        start = export.start
+        if not start < export.stamp:  # nothing but gauges: it covers the time since the export before
+            start = known.stamp if known is not None and known.stamp < export.stamp else export.stamp - 1.0
+        overdue = max(0, export.in_flight - export.arrived)
+        if known is not None:
+            overdue = min(overdue, known.sample.in_flight)
+        sample = Sample(
+            instance=instance.id,
+            service=instance.service,
+            version=instance.version,
+            revision=instance.revision,
+            start=start + offset,
+            end=export.stamp + offset,
+            in_flight=export.in_flight,
+            arrived=export.arrived,
+            overdue=overdue,
+            cells=export.cells,
+        )
+        self._reporters[instance.id] = _Reporter(offset, export.stamp, now, sample)
+        with self._condition:
+            self._seq += 1
+            self._recent.append((self._seq, now, sample))
+            self._age(now)
+            self._condition.notify_all()
+        return sample
+
+    def track(self, instances: Collection[str]) -> None:
+        """These are the instances that should report; others are forgotten (their samples are kept)."""
+        now = self._clock()
+        there = set(instances)
+        self._known_since = {name: self._known_since.get(name, now) for name in there}
+        self._reporters = {name: known for name, known in self._reporters.items() if name in there}
+
+    def _age(self, now: float) -> None:
+        while self._recent and (self._recent[0][1] < now - _RECENT_S - 1 or len(self._recent) > _RECENT_MAX):
+            until = self._recent[0][1] + 1
+            rows = []
+            while self._recent and self._recent[0][1] <= until:
+                rows.append(self._recent.popleft())
+            content = zlib.compress(marshal.dumps([(received, _pack(s)) for _, received, s in rows]), 1)
+            self._packed.append(_Packed(rows[0][0], rows[-1][0], rows[-1][1], content))
+            self._packed_bytes += len(content)
+        while self._packed and (
+            self._packed[0].received < now - self._kept_s or self._packed_bytes > _PACKED_MAX_BYTES
+        ):
+            self._packed_bytes -= len(self._packed.popleft().content)
+
+    # -- reading
+
+    def window(self, seconds: float) -> list[Sample]:
+        """Samples received in the last `seconds`, and the longest that one of them covers; oldest first."""
+        start = self._clock() - seconds
+        with self._condition:
+            recent = list(self._recent)
+            packed = list(self._packed)
+        if not recent or recent[0][1] >= start:
+            old = [
+                s for chunk in packed if chunk.received >= start for _, r, s in _unpack(chunk) if r >= start
+            ]
+        else:
+            old = []
+        return old + [sample for _, received, sample in recent if received >= start]
+
+    def after(self, seq: int, wait_s: float = 0.0) -> tuple[int, list[Sample]]:
+        """The current sequence number, and the samples after `seq`; waits for one if there is none.
+
+        A negative `seq` stands for the current one.
+        """
+        if seq < 0:
+            return self._seq, []
+        if seq > self._seq:  # of another life of the control plane, whose clock was ahead
+            seq = 0
+        with self._condition:
+            waited = self._seq <= seq and self._condition.wait_for(lambda: self._seq > seq, wait_s)
+        if waited:
+            time.sleep(_GATHER_S)
+        with self._condition:
+            current = self._seq
+            recent = list(self._recent)
+            packed = list(self._packed) if not recent or recent[0][0] > seq + 1 else []
+        old = [s for chunk in packed if chunk.last > seq for n, _, s in _unpack(chunk) if n > seq]
+        return current, old + [sample for n, _, sample in recent if n > seq]
+
+    def last_report_s(self, instance: str) -> float | None:
+        """Seconds since this instance's sidecar last reported; None if it has not."""
+        known = self._reporters.get(instance)
+        return None if known is None else max(0.0, self._clock() - known.received)
+
+    def silent(self, instance: str) -> bool:
+        """Has its sidecar reported nothing for longer than it should? Then nothing is known of it.
+
+        What it should is 2.5 of its own intervals, at least `SILENT_AFTER_S`.
+        """
+        known = self._reporters.get(instance)
+        if known is None:
+            return self._clock() - self._known_since.get(instance, self._clock()) > SILENT_AFTER_S
+        interval = min(known.sample.end - known.sample.start, 60.0)
+        return self._clock() - known.received > max(SILENT_AFTER_S, 2.5 * interval)
+
+
+# Packed, a sample is a tuple of what marshal knows; its format may change with the Python version, which is
+# no matter for what never leaves the process.
+
+
+def _pack(sample: Sample) -> tuple[Any, ...]:
+    return (
+        sample.instance, sample.service, sample.version, sample.revision, sample.start, sample.end,
+        sample.in_flight, sample.arrived, sample.overdue,
+        tuple(
+            (
+                cell.inbound, cell.peer, cell.route, cell.requests, cell.failures, cell.denied, cell.refused,
+                cell.secured, cell.identity, cell.codes, cell.version,
+                cell.latency.counts, cell.failed_latency.counts,
+            )
+            for cell in sample.cells
+        ),
+    )  # fmt: skip
+
+
+def _unpack(chunk: _Packed) -> Iterator[tuple[int, float, Sample]]:
+    """(sequence number, received, sample) of a chunk."""
+    rows = marshal.loads(zlib.decompress(chunk.content))  # noqa: S302 - written by this very process
+    for number, (received, row) in enumerate(rows, chunk.first):
+        cells = tuple(Cell(*cell[:11], *map(Histogram, cell[11:])) for cell in row[9])
+        yield number, received, Sample(*[*row[:9], cells])
+
+
+# -- the gRPC service -------------------------------------------------------------------------------------
+
+Authenticate = Callable[[Collection[tuple[str, str | bytes]]], Awaitable[Instance | None]]
+
+
+def handler(
+    store: Store, authenticate: Authenticate, on_sample: Callable[[Sample], None]
+) -> grpc.GenericRpcHandler:
+    """The OTLP metrics service on raw bytes: no message is built for an answer that is always the same.
+
+    Args:
+        authenticate: whose token a call carries; what it says of the instance counts, not the export.
+        on_sample: told of each sample that was taken in.
+    """
+
+    async def export(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        instance = await authenticate(context.invocation_metadata())
+        if instance is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
+            return b""  # not reached: abort raises
+        try:
+            decoded = decode(raw)
+        except Malformed as error:
+            log.warning("telemetry of %s is not understood: %s", instance.id, error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            return b""
+        sample = store.add(instance, decoded)
+        if sample is not None:
+            on_sample(sample)
+        return _RESPONSE
+
+    return grpc.method_handlers_generic_handler(
+        "opentelemetry.proto.collector.metrics.v1.MetricsService",
+        {"Export": grpc.unary_unary_rpc_method_handler(export)},
+    )
