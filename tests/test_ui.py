@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -105,6 +105,7 @@ def test_screen_shows_the_whole_story_at_both_sizes(width: int, height: int) -> 
         assert expected in shown
 
 
+@settings(deadline=None)
 @given(
     width=st.integers(1, 260),
     height=st.integers(1, 80),

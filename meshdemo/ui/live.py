@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, Self
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -61,8 +62,6 @@ _EVENT_STYLES = {
 }  # fmt: skip
 _DOUBTFUL = ("violated", "healing", "unknown")  # service states, the most urgent first
 _ASCII = str.maketrans("✓✗●◌⊘↻·…→│─█░▁▂▃▄▅▆▇", "+x*o#~-~>|-#._.-=+*#")
-
-_T = TypeVar("_T")
 
 
 class Screen:
@@ -216,7 +215,7 @@ def _worst(services: Sequence[ServiceView]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    text: Text
+    draw: Callable[[], Text]  # called for rows that are shown only: of 500 instances those are few
     weight: int = 0  # larger: left out later
 
 
@@ -253,12 +252,12 @@ def _cut(section: _Section, count: int) -> list[Text]:
     if not rows:
         return [Text(f"   {section.empty}", "dim")]
     if len(rows) <= count:
-        return [row.text for row in rows]
+        return [row.draw() for row in rows]
     if section.newest_last:
-        return [row.text for row in rows[-count:]]
+        return [row.draw() for row in rows[-count:]]
     kept = sorted(range(len(rows)), key=lambda index: (-rows[index].weight, index))[: count - 1]
     more = Text(f"   … and {len(rows) - len(kept)} more", "dim")
-    return [*(rows[index].text for index in sorted(kept)), more]
+    return [*(rows[index].draw() for index in sorted(kept)), more]
 
 
 def _beside(left: Sequence[Text], left_width: int, right: Sequence[Text], height: int) -> list[Text]:
@@ -370,10 +369,11 @@ def _services(view: WatchView, width: int) -> _Section:
     for service in view.services:
         urgent = service.health != "ok"
         weight = 3 if urgent else 1
-        rows.append(_Row(row(_title(service), service.health, service.numbers, service.trend, True), weight))
+        title, numbers, trend = _title(service), service.numbers, service.trend
+        rows.append(_Row(partial(row, title, service.health, numbers, trend, True), weight))
         for one in service.instances:
             weight = 2 if one.state != "serving" else 0
-            rows.append(_Row(row(f"  {one.id}", one.state, one.numbers, one.trend, False), weight))
+            rows.append(_Row(partial(row, f"  {one.id}", one.state, one.numbers, one.trend, False), weight))
     return _Section(heading, rows, least=5, empty="no service yet")
 
 
@@ -409,11 +409,11 @@ def _objectives(view: WatchView, width: int) -> _Section:
     )
     heading.stylize("bold underline")
 
-    def row(service: ServiceView, objective: ObjectiveView) -> _Row:
+    def row(service: ServiceView, objective: ObjectiveView) -> Text:
         symbol, word, style = STATES[objective.health]
         left = objective.budget_left
         drained = "red" if left <= 0 else "yellow" if left < 0.25 else "green"
-        text = _cells(
+        return _cells(
             _Cell(symbol, 1, style),
             _Cell(service.name, service_width, "bold"),
             _Cell(objective.text, text_width),
@@ -422,9 +422,11 @@ def _objectives(view: WatchView, width: int) -> _Section:
             _Cell(fmt.meter(left, _METER), _METER, drained),
             _Cell(_whole_percent(left), 6, drained if left < 0.25 else "", right=True),
         )
-        return _Row(text, weight=0 if objective.health == "ok" else 1)
 
-    rows = [row(service, objective) for service, objective in pairs]
+    rows = [
+        _Row(partial(row, service, objective), weight=0 if objective.health == "ok" else 1)
+        for service, objective in pairs
+    ]
     return _Section(heading, rows, least=2, empty="the policy has no objective for these services")
 
 
@@ -438,7 +440,7 @@ def _whole_percent(share: float) -> str:
 def _incidents(view: WatchView, width: int) -> _Section:
     open_ = sum(incident.closed_at is None for incident in view.incidents)
     heading = _heading(f"  INCIDENTS  {open_} open, {len(view.incidents) - open_} past")
-    rows = [_Row(_incident(one, width), weight=0 if one.closed_at else 1) for one in view.incidents]
+    rows = [_Row(partial(_incident, one, width), weight=0 if one.closed_at else 1) for one in view.incidents]
     return _Section(heading, rows, least=2, empty="none so far")
 
 
@@ -461,13 +463,14 @@ def _incident(incident: IncidentView, width: int) -> Text:
 
 
 def _log(view: WatchView, width: int) -> _Section:
-    rows = []
-    for line in view.log:
+    def row(line: LogLine) -> Text:
         text = Text.assemble(
             (f"  {fmt.clock(line.time)} ", "dim"),
             (f"{line.event.replace('_', ' '):<10} ", _EVENT_STYLES.get(line.event, "")),
             line.text,
         )
         text.truncate(width, overflow="ellipsis")
-        rows.append(_Row(text))
+        return text
+
+    rows = [_Row(partial(row, line)) for line in view.log]
     return _Section(_heading("  EVENTS"), rows, least=2, empty="none so far", newest_last=True)
