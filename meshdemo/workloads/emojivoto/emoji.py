@@ -6,9 +6,9 @@ from typing import Any
 
 import grpc
 
-from meshdemo.workloads.emojivoto import emojivoto_pb2 as pb
 from meshdemo.workloads.emojivoto import rpc
 from meshdemo.workloads.emojivoto.catalogue import CATALOGUE
+from meshdemo.workloads.emojivoto.rpc import pb
 
 
 def list_all(_: Any, __: grpc.ServicerContext) -> Any:

@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from meshdemo.workloads.emojivoto import emojivoto_pb2 as pb
+from meshdemo.workloads.emojivoto import emojivoto_pb2
+
+pb: Any = emojivoto_pb2  # its messages are made when it is imported, so no type checker knows them
 
 SERVICES: Mapping[str, Any] = {
     name: pb.DESCRIPTOR.services_by_name[name] for name in ("EmojiService", "VotingService")

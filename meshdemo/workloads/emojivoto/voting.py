@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 
-from meshdemo.workloads.emojivoto import emojivoto_pb2 as pb
 from meshdemo.workloads.emojivoto import rpc
 from meshdemo.workloads.emojivoto.catalogue import CATALOGUE
+from meshdemo.workloads.emojivoto.rpc import pb
 
 # Choices that a release fails to count.
 _BROKEN = {"1": frozenset({":doughnut:"}), "2": frozenset[str]()}

@@ -13,8 +13,8 @@ import grpc
 import grpc.experimental.gevent
 from flask import Flask, Response, abort, jsonify, request
 
-from meshdemo.workloads.emojivoto import emojivoto_pb2 as pb
 from meshdemo.workloads.emojivoto import rpc
+from meshdemo.workloads.emojivoto.rpc import pb
 from meshdemo.workloads.server import flask_app, run
 from meshdemo.workloads.settings import Environment, Identity
 
