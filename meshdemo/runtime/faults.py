@@ -153,9 +153,11 @@ def resolve(asked: FaultRequest, app: App, instances: Sequence[Instance]) -> Tar
     if asked.instance is not None and asked.instance not in by_id:
         raise BadInput(f"no instance '{asked.instance}'; there are: {', '.join(sorted(by_id)) or 'none'}")
     only = by_id[asked.instance] if asked.instance is not None else None
-    service = asked.service or (only.service if only else DEFAULT_SERVICE)
+    service = asked.service
+    if service is None:
+        service = only.service if only else DEFAULT_SERVICE
     if service not in app.services:
-        hint = "" if asked.service else "name one with --service; "
+        hint = "" if asked.service is not None else "name one with --service; "
         raise BadInput(f"no service '{service}'; {hint}there are: {', '.join(app.services)}")
     if asked.caller is not None and asked.caller not in app.services:
         raise BadInput(f"no caller '{asked.caller}'; there are: {', '.join(app.services)}")
