@@ -118,6 +118,7 @@ class TapEvent(TypedDict):
     flags: str
     latency_ms: float
     secured: bool
+    skipped: NotRequired[int]  # matching requests left out before this one: too many a second
 
 
 class FaultResult(NamedTuple):
