@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jinja2
 
@@ -34,9 +34,9 @@ class Placement:
     socket of its admin endpoint; the system bounds such paths to about 100 bytes.
     """
 
-    folder: Path
-    trust: Path  # the authority's trust.pem
-    admin: Path
+    folder: PurePath
+    trust: PurePath  # the authority's trust.pem
+    admin: PurePath
     control_host: str
     control_port: int
     flush_interval_s: float = 1.0  # how often it reports

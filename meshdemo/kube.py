@@ -1,0 +1,434 @@
+"""A cluster as its API server shows it: manifests in and out as plain dicts.
+
+The official client does the connection (kubeconfig, exec plugins, in-cluster tokens, TLS) and the retries;
+its thousand model classes are left alone, because what meshdemo sends is rendered from templates and what
+it reads is a handful of fields. Both the Kubernetes runtime and the control plane in the cluster use this.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import urllib3
+from kubernetes import client as api
+from kubernetes import config as api_config
+from kubernetes.dynamic import DynamicClient
+from kubernetes.dynamic.exceptions import DynamicApiError
+
+from meshdemo.errors import BadInput, Failed, Missing
+
+FIELD_MANAGER = "meshdemo"
+PREFIX = "meshdemo.dev/"  # of the labels and annotations that are ours
+
+Manifest = dict[str, Any]
+
+# So long an API server may be away in the middle of things (it is being upgraded, or very busy).
+PATIENCE_S = 30.0
+_CONNECT_S, _READ_S = 5.0, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Where objects of one kind live in the API."""
+
+    api_version: str
+    plural: str
+    namespaced: bool = True
+
+    def path(self, namespace: str | None, name: str | None = None, sub: str | None = None) -> str:
+        """The URL path of one object, or of all of a namespace (None: of the whole cluster)."""
+        prefix = f"/api/{self.api_version}" if "/" not in self.api_version else f"/apis/{self.api_version}"
+        scope = f"/namespaces/{namespace}" if self.namespaced and namespace else ""
+        return prefix + scope + f"/{self.plural}" + (f"/{name}" if name else "") + (f"/{sub}" if sub else "")
+
+
+_RBAC = "rbac.authorization.k8s.io/v1"
+KINDS: Mapping[str, Kind] = {
+    "Namespace": Kind("v1", "namespaces", namespaced=False),
+    "Node": Kind("v1", "nodes", namespaced=False),
+    "Pod": Kind("v1", "pods"),
+    "Service": Kind("v1", "services"),
+    "ServiceAccount": Kind("v1", "serviceaccounts"),
+    "ConfigMap": Kind("v1", "configmaps"),
+    "Secret": Kind("v1", "secrets"),
+    "Event": Kind("v1", "events"),
+    "Deployment": Kind("apps/v1", "deployments"),
+    "ReplicaSet": Kind("apps/v1", "replicasets"),
+    "EndpointSlice": Kind("discovery.k8s.io/v1", "endpointslices"),
+    "PodDisruptionBudget": Kind("policy/v1", "poddisruptionbudgets"),
+    "HorizontalPodAutoscaler": Kind("autoscaling/v2", "horizontalpodautoscalers"),
+    "Ingress": Kind("networking.k8s.io/v1", "ingresses"),
+    "IngressClass": Kind("networking.k8s.io/v1", "ingressclasses", namespaced=False),
+    "Lease": Kind("coordination.k8s.io/v1", "leases"),
+    "Role": Kind(_RBAC, "roles"),
+    "RoleBinding": Kind(_RBAC, "rolebindings"),
+    "ClusterRole": Kind(_RBAC, "clusterroles", namespaced=False),
+    "ClusterRoleBinding": Kind(_RBAC, "clusterrolebindings", namespaced=False),
+    "TokenReview": Kind("authentication.k8s.io/v1", "tokenreviews", namespaced=False),
+    "SelfSubjectAccessReview": Kind("authorization.k8s.io/v1", "selfsubjectaccessreviews", namespaced=False),
+    "ServiceMonitor": Kind("monitoring.coreos.com/v1", "servicemonitors"),
+    "HTTPRoute": Kind("gateway.networking.k8s.io/v1", "httproutes"),
+}
+
+
+class ApiError(Failed):
+    """The API server refused a request.
+
+    Attributes:
+        status: the HTTP status; 0 if the server could not be reached.
+        reason: its machine-readable reason, such as `Conflict`.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.status = status
+        self.reason = reason
+
+
+class _NoDiscovery:
+    """The kinds are known above; asking the server for them would cost every command five requests."""
+
+    def __init__(self, client: DynamicClient, cache_file: str | None) -> None:
+        pass
+
+
+class Cluster:
+    """One cluster. Methods raise ApiError, with the server's own words.
+
+    A request that meets a busy server (429, 5xx) or none at all is repeated for `patience_s`, after the time
+    that the server's Retry-After asks for, where it says so.
+    """
+
+    def __init__(self, configuration: api.Configuration, *, patience_s: float = PATIENCE_S) -> None:
+        self.configuration = configuration
+        self.url: str = configuration.host
+        # Pauses of 0, 0.5, 1, 2, 2, ... s: so many retries are the patience asked for.
+        retries = int(patience_s / 2) + 2 if patience_s else 0
+        configuration.retries = urllib3.Retry(
+            total=retries,
+            backoff_factor=0.25,
+            backoff_max=2,
+            status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=None,
+            raise_on_status=False,
+        )
+        self.client = api.ApiClient(configuration)
+        self._dynamic = DynamicClient(self.client, discoverer=_NoDiscovery)
+
+    @staticmethod
+    def from_kubeconfig(
+        path: Path | None = None, context: str | None = None, *, patience_s: float = PATIENCE_S
+    ) -> Cluster:
+        """The cluster of a kubeconfig (default: the user's, as kubectl finds it) and a context (current)."""
+        configuration = api.Configuration()
+        try:
+            api_config.load_kube_config(
+                config_file=str(path) if path else None, context=context, client_configuration=configuration
+            )
+        except (api_config.ConfigException, OSError) as error:
+            where = str(path) if path else "the kubeconfig"
+            known = _contexts(path)
+            if context and known and context not in known:
+                raise BadInput(
+                    f"no context '{context}' in {where}", f"there are: {', '.join(known)}"
+                ) from error
+            raise Missing(
+                f"{where} names no cluster to use: {error}",
+                "set KUBECONFIG, or give --context; `--runtime kind` makes a cluster of its own",
+            ) from error
+        return Cluster(configuration, patience_s=patience_s)
+
+    @staticmethod
+    def inside() -> Cluster:
+        """The cluster that this process runs in, as its service account."""
+        configuration = api.Configuration()
+        api_config.load_incluster_config(client_configuration=configuration)
+        return Cluster(configuration)
+
+    # -- requests ------------------------------------------------------------------------------------------
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        content_type: str = "application/json",
+        query: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        read_timeout_s: float | None = _READ_S,
+    ) -> Any:
+        """One request; its JSON answer, or with `stream` the response itself, to be read as it comes."""
+        # urllib3 reads (connect, None) as: wait for as long as it takes.
+        timeout = (_CONNECT_S, read_timeout_s)
+        try:
+            response = self._dynamic.request(
+                method,
+                path,
+                body=body,
+                content_type=content_type,
+                query_params=list((query or {}).items()),
+                _request_timeout=timeout,
+                serialize=False,
+            )
+            return response if stream else json.loads(response.data or b"{}")
+        except DynamicApiError as error:
+            raise _api_error(method, path, error) from None
+        except urllib3.exceptions.HTTPError as error:
+            raise ApiError(
+                0,
+                "Unreachable",
+                f"the API server at {self.url} does not answer: {_cause(error)}",
+                "is the cluster running, and does the kubeconfig name the right one?",
+            ) from None
+
+    def version(self) -> tuple[int, int]:
+        """Major and minor version of the API server; a failure here means that it cannot be used at all."""
+        answer = self.request("GET", "/version", read_timeout_s=_CONNECT_S)
+        return int(answer["major"]), int("".join(c for c in answer["minor"] if c.isdigit()))
+
+    def serves(self, kind: str) -> bool:
+        """Does the cluster have this kind (a CustomResourceDefinition that may be installed or not)?"""
+        known = KINDS[kind]
+        try:
+            listed = self.request("GET", f"/apis/{known.api_version}")
+        except ApiError as error:
+            if error.status in {403, 404}:
+                return False
+            raise
+        return any(resource["name"] == known.plural for resource in listed["resources"])
+
+    # -- objects -------------------------------------------------------------------------------------------
+    def get(self, kind: str, name: str, namespace: str | None = None) -> Manifest | None:
+        """One object; None if there is none."""
+        try:
+            found: Manifest = self.request("GET", KINDS[kind].path(namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+        return found
+
+    def find(
+        self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
+    ) -> list[Manifest]:
+        """All objects that match the selectors."""
+        return self.listing(kind, namespace, labels=labels, fields=fields)[0]
+
+    def listing(
+        self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
+    ) -> tuple[list[Manifest], str]:
+        """All objects that match, and the resource version to watch from."""
+        query = {"labelSelector": labels, "fieldSelector": fields}
+        answer = self.request("GET", KINDS[kind].path(namespace), query={k: v for k, v in query.items() if v})
+        return answer.get("items") or [], answer.get("metadata", {}).get("resourceVersion", "")
+
+    def watch(
+        self,
+        kind: str,
+        namespace: str | None,
+        resource_version: str,
+        *,
+        labels: str = "",
+        fields: str = "",
+        timeout_s: float,
+        on_open: Callable[[Any], None] | None = None,
+    ) -> Iterator[tuple[str, Manifest]]:
+        """Changes after a resource version as (`ADDED|MODIFIED|DELETED|BOOKMARK`, object), for `timeout_s`.
+
+        Ends when the time is over or the connection drops. Raises ApiError 410 when the version is too old:
+        list again. `on_open` gets the response, to be closed from another thread.
+        """
+        query = {
+            "watch": "true", "resourceVersion": resource_version, "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(max(1, round(timeout_s))), "labelSelector": labels, "fieldSelector": fields,
+        }  # fmt: skip
+        response = self.request(
+            "GET",
+            KINDS[kind].path(namespace),
+            query={k: v for k, v in query.items() if v},
+            stream=True,
+            read_timeout_s=timeout_s + _CONNECT_S,
+        )
+        if on_open:
+            on_open(response)
+        try:
+            for line in lines(response):
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    status = event["object"]
+                    message = status.get("message", "watch error")
+                    raise ApiError(status.get("code", 500), status.get("reason", ""), message)
+                yield event["type"], event["object"]
+        except (urllib3.exceptions.HTTPError, OSError, ValueError):
+            return  # dropped, cut in the middle of a line, or closed by us: watch again
+        finally:
+            response.close()
+
+    def apply(self, manifest: Manifest, *, manager: str = FIELD_MANAGER) -> Manifest:
+        """Server-side apply: the server merges, and the fields named here belong to `manager`."""
+        meta = manifest["metadata"]
+        applied: Manifest = self.request(
+            "PATCH",
+            KINDS[manifest["kind"]].path(meta.get("namespace"), meta["name"]),
+            body=json.dumps(manifest),
+            content_type="application/apply-patch+yaml",
+            query={"fieldManager": manager, "force": "true"},
+        )
+        return applied
+
+    def create(self, kind: str, body: Manifest, namespace: str | None = None) -> Manifest:
+        """Create an object (or ask a review)."""
+        body = {"apiVersion": KINDS[kind].api_version, "kind": kind, **body}
+        created: Manifest = self.request(
+            "POST", KINDS[kind].path(namespace), body=body, query={"fieldManager": FIELD_MANAGER}
+        )
+        return created
+
+    def replace(self, kind: str, body: Manifest) -> Manifest:
+        """Replace an object; its `resourceVersion` must be the current one (else ApiError 409)."""
+        meta = body["metadata"]
+        body = {"apiVersion": KINDS[kind].api_version, "kind": kind, **body}
+        replaced: Manifest = self.request(
+            "PUT",
+            KINDS[kind].path(meta.get("namespace"), meta["name"]),
+            body=body,
+            query={"fieldManager": FIELD_MANAGER},
+        )
+        return replaced
+
+    def patch(
+        self, kind: str, name: str, namespace: str | None, body: Manifest, *, merge: str = "strategic-merge"
+    ) -> Manifest:
+        """Patch an object; `merge` is `strategic-merge` or `merge` (RFC 7386)."""
+        patched: Manifest = self.request(
+            "PATCH",
+            KINDS[kind].path(namespace, name),
+            body=body,
+            content_type=f"application/{merge}-patch+json",
+            query={"fieldManager": FIELD_MANAGER},
+        )
+        return patched
+
+    def delete(
+        self, kind: str, name: str, namespace: str | None = None, *, grace_s: int | None = None
+    ) -> bool:
+        """Delete an object and what it owns; False if there was none."""
+        body: Manifest = {"propagationPolicy": "Background"}
+        if grace_s is not None:
+            body["gracePeriodSeconds"] = grace_s
+        try:
+            self.request("DELETE", KINDS[kind].path(namespace, name), body=body)
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    def event(self, about: Manifest, reason: str, message: str, *, component: str = "meshdemo") -> None:
+        """Leave an Event on an object, so that `kubectl describe` tells what meshdemo did and why."""
+        meta = about["metadata"]
+        namespace = meta.get("namespace", "default")
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.create(
+            "Event",
+            {
+                "metadata": {"generateName": f"{meta['name']}.", "namespace": namespace},
+                "involvedObject": {
+                    "apiVersion": about["apiVersion"],
+                    "kind": about["kind"],
+                    "name": meta["name"],
+                    "namespace": namespace,
+                    "uid": meta.get("uid", ""),
+                },
+                "type": "Normal",
+                "reason": reason,
+                "message": message[:1024],
+                "source": {"component": component},
+                "firstTimestamp": now,
+                "lastTimestamp": now,
+                "count": 1,
+            },
+            namespace,
+        )
+
+    def logs(
+        self,
+        namespace: str,
+        pod: str,
+        container: str,
+        *,
+        tail: int | None = None,
+        follow: bool = False,
+        previous: bool = False,
+    ) -> Iterator[str]:
+        """Log lines of a container; with `follow` until it ends. A container without logs has none."""
+        query = {
+            "container": container,
+            "tailLines": None if tail is None else str(tail),
+            "follow": "true" if follow else None,
+            "previous": "true" if previous else None,
+        }
+        try:
+            response = self.request(
+                "GET",
+                KINDS["Pod"].path(namespace, pod, "log"),
+                query={k: v for k, v in query.items() if v},
+                stream=True,
+                read_timeout_s=None if follow else _READ_S,
+            )
+        except ApiError as error:
+            if error.status in {400, 404}:  # not started yet, or gone
+                return
+            raise
+        try:
+            for line in lines(response):
+                yield line.decode("utf-8", "replace")
+        except (urllib3.exceptions.HTTPError, OSError):
+            return
+        finally:
+            response.close()
+
+
+def lines(response: Any) -> Iterator[bytes]:
+    """The non-empty lines of a response as they arrive. What follows the last newline was cut off."""
+    rest = b""
+    for chunk in response.stream(amt=None, decode_content=False):
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from (line for line in whole if line)
+
+
+def _contexts(path: Path | None) -> list[str]:
+    try:
+        contexts, _ = api_config.list_kube_config_contexts(config_file=str(path) if path else None)
+    except (api_config.ConfigException, OSError):
+        return []
+    return [context["name"] for context in contexts]
+
+
+_REMEDIES = {
+    401: "log in to the cluster again; the kubeconfig's credentials are not accepted",
+    403: "ask the cluster's administrator for that right, or use another --context",
+}
+
+
+def _api_error(method: str, path: str, error: DynamicApiError) -> ApiError:
+    try:
+        status = json.loads(error.body)
+    except (TypeError, ValueError):
+        status = {}
+    message = status.get("message") or f"{method} {path}: {error.status} {error.reason}"
+    remedy = _REMEDIES.get(error.status, "")
+    return ApiError(error.status, status.get("reason", ""), f"the API server refuses: {message}", remedy)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line (urllib3 wraps it several times)."""
+    while isinstance(reason := getattr(error, "reason", None), BaseException):
+        error = reason
+    text = str(error)
+    return text.split(": ", 1)[1] if text.startswith("<") or "object at 0x" in text else text

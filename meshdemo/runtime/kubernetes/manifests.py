@@ -1,0 +1,238 @@
+"""The manifests of a mesh: what must run, as objects for the API server.
+
+Pure: a `MeshSpec` (what runs) and a `Site` (where) in, YAML out, through templates/kubernetes. `up` applies
+exactly what `meshdemo render kubernetes` prints.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import PurePosixPath
+from typing import Any
+
+import jinja2
+import yaml
+
+from meshdemo.apps.model import App, Service
+from meshdemo.control.bootstrap import Placement, bootstrap_files
+from meshdemo.control.kubernetes import (
+    API_PORT,
+    AUDIENCE,
+    INBOUND_PORT,
+    OUTBOUND_PORT,
+    PLAIN_PORT,
+    READY_PORT,
+    XDS_PORT,
+)
+from meshdemo.control.model import Instance
+from meshdemo.kube import Manifest
+from meshdemo.resources import TEMPLATES
+from meshdemo.runtime.base import UpOptions
+from meshdemo.runtime.kubernetes import images
+from meshdemo.runtime.local.spec import MeshSpec, wanted
+
+APP_USER = 65532
+SIDECAR_USER = 1337
+# Where containers find things.
+CONFIG_FOLDER = "/etc/meshdemo"
+RUN_FOLDER = "/run/meshdemo"
+STATE_FOLDER = "/var/lib/meshdemo"
+API_FOLDER = "/run/secrets/meshdemo"
+
+_PORTS = {
+    "inbound": INBOUND_PORT, "outbound": OUTBOUND_PORT, "plain": PLAIN_PORT, "ready": READY_PORT,
+    "xds": XDS_PORT, "api": API_PORT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a mesh runs and what it finds there."""
+
+    namespace: str
+    images: Mapping[str, str]  # image by recipe name
+    scaled_by_others: frozenset[str] = field(default_factory=frozenset)  # SERVICE-VERSION with an autoscaler
+    observability: bool = True
+    service_monitor: bool = False  # the cluster has the kind ServiceMonitor
+    watch: bool = False  # run `meshdemo watch` in the cluster
+
+
+def render(app: App, options: Mapping[str, Any] | None = None) -> str:
+    """The manifests of an app as `up` would apply them, as YAML documents.
+
+    Args:
+        options: `name` of the mesh, `base_image`, `registry`, `observability`, `watch`, all optional.
+    """
+    options = options or {}
+    name = str(options.get("name", "mesh-demo"))
+    spec = wanted(UpOptions(name=name, app=app), None, now=time.time())
+    site = Site(
+        namespace=name,
+        images={
+            key: recipe.reference(options.get("registry"))
+            for key, recipe in images.recipes(app, options.get("base_image") or images.BASE_IMAGE).items()
+        },
+        observability=bool(options.get("observability", True)),
+        watch=bool(options.get("watch", False)),
+    )
+    return "".join(documents(spec, site).values())
+
+
+def objects(spec: MeshSpec, site: Site) -> list[Manifest]:
+    """All objects of a mesh, in the order in which they are applied."""
+    return [
+        manifest
+        for text in documents(spec, site).values()
+        for manifest in yaml.load_all(text, Loader=_Loader)
+        if manifest
+    ]
+
+
+def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
+    """All objects of a mesh as YAML, by what they are about, in the order in which they are applied."""
+    found = {
+        "namespace": _render("namespace", spec, site),
+        "state": _render("state", spec, site),
+        "control-plane": _render(
+            "control-plane",
+            spec,
+            site,
+            cluster_role=f"meshdemo:{site.namespace}:control-plane",
+            sidecar_files=_sidecar_files(site),
+            control_args=[
+                "--mesh", spec.mesh, "--namespace", site.namespace, "--state", STATE_FOLDER,
+                "--api-token", f"{API_FOLDER}/token",
+                "--xds-port", str(XDS_PORT), "--api-port", str(API_PORT),
+            ],
+        ),
+    }  # fmt: skip
+    for service in spec.app.services:
+        if spec.versions(service):
+            found[service] = _render("service", spec, site, **_of_service(spec.app, service))
+    for key in spec.workloads:
+        found[key] = _workload(spec, site, key)
+    return found
+
+
+def workload(spec: MeshSpec, site: Site, key: str) -> Manifest:
+    """The Deployment of one workload (`service/version`)."""
+    manifest: Manifest = yaml.load(_workload(spec, site, key), Loader=_Loader)  # noqa: S506 - a safe loader
+    return manifest
+
+
+def _workload(spec: MeshSpec, site: Site, key: str) -> str:
+    one = spec.workloads[key]
+    service = spec.app.services[one.service]
+    program = spec.program(one.service, one.version)
+    name = f"{one.service}-{one.version}"
+    env = dict(one.current.env)
+    if service.load and spec.rps is not None:
+        env["RPS"] = f"{spec.rps:g}"
+    return _render(
+        "workload",
+        spec,
+        site,
+        **_of_service(spec.app, one.service),
+        version=one.version,
+        replicas=None if name in site.scaled_by_others else one.instances,
+        revision=one.current.revision,
+        image=site.images[images.image_name(program.program)] if program.program else program.image,
+        command=None if program.program else program.command,
+        env={
+            **env,
+            # The sidecar alone reaches the app; whoever else tries finds no one listening.
+            "HOST": "127.0.0.1", "PORT": str(service.port), "STATE_DIR": STATE_FOLDER,
+            "SERVICE": one.service, "VERSION": one.version,
+        },
+        probe=_probe(service, ours=program.program is not None),
+    )  # fmt: skip
+
+
+def _of_service(app: App, name: str) -> dict[str, Any]:
+    service = app.services[name]
+    return {"service": name, "port": service.port, "protocol": service.protocol}
+
+
+def _probe(service: Service, *, ours: bool) -> str:
+    """How the kubelet asks the app, as one line of YAML."""
+    if service.protocol == "http":
+        return f"httpGet: {{path: {service.healthz}, port: {service.port}}}"
+    if not ours:
+        # The sidecar takes the connection: this says that the pod is there, and no more.
+        return f"tcpSocket: {{port: {service.port}}}"
+    # Does anything listen on the port? (State 0A in /proc/net/tcp; a connection would end at the sidecar.)
+    line = f"^ *[0-9]+: [0-9A-F]+:{service.port:04X} [0-9A-F:]+ 0A "
+    return f"exec: {{command: [grep, -qE, '{line}', /proc/net/tcp, /proc/net/tcp6]}}"
+
+
+def _sidecar_files(site: Site) -> Mapping[str, str]:
+    # One set of files for all: who a sidecar is comes from its token, and --service-node says it in logs.
+    folder = PurePosixPath(CONFIG_FOLDER)
+    return bootstrap_files(
+        Instance(
+            id="sidecar", service="mesh", version="v1",
+            inbound_port=INBOUND_PORT, outbound_port=OUTBOUND_PORT, metrics_port=PLAIN_PORT, app_port=0,
+        ),
+        Placement(
+            folder=folder,
+            trust=folder / "trust.pem",
+            admin=PurePosixPath(RUN_FOLDER) / "admin.sock",
+            control_host=f"control-plane.{site.namespace}.svc",
+            control_port=XDS_PORT,
+        ),
+    )  # fmt: skip
+
+
+def redirect_rules(*, skip_inbound: tuple[int, ...] = (), skip_outbound: tuple[int, ...] = ()) -> str:
+    """What iptables-restore is given in a pod. `skip_*`: ports whose traffic passes by the sidecar."""
+    template = _environment().get_template("kubernetes/redirect.rules.j2")
+    return template.render(
+        ports=_PORTS, sidecar_user=SIDECAR_USER, skip_inbound=skip_inbound, skip_outbound=skip_outbound
+    )
+
+
+def kind_config(*, workers: int, ports: Mapping[int, int]) -> str:
+    """The configuration of a kind cluster. `ports`: node port -> port of this machine."""
+    return _environment().get_template("kubernetes/kind.yaml.j2").render(workers=workers, ports=ports)
+
+
+def _render(template: str, spec: MeshSpec, site: Site, **values: Any) -> str:
+    text = (
+        _environment()
+        .get_template(f"kubernetes/{template}.yaml.j2")
+        .render(
+            mesh=spec.mesh,
+            namespace=site.namespace,
+            images=site.images,
+            ports=_PORTS,
+            audience=AUDIENCE,
+            app_user=APP_USER,
+            sidecar_user=SIDECAR_USER,
+            redirect_rules=redirect_rules(),
+            sidecar_args=[
+                "--config-path", f"{CONFIG_FOLDER}/bootstrap.yaml", "--service-node", "$(POD_NAME)",
+                "--concurrency", "1", "--disable-hot-restart", "--log-level", "warning",
+            ],
+            folders={"config": CONFIG_FOLDER, "run": RUN_FOLDER, "state": STATE_FOLDER, "api": API_FOLDER},
+            **values,
+        )
+    )  # fmt: skip
+    text = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+    return text + "\n" if text.startswith("---") else f"---\n{text}\n"
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # noqa: S701 - YAML; values go through tojson
+    )
+
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
