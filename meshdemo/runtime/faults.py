@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,7 @@ MAX_LATENCY_MS = 3_600_000.0  # as the control plane has it
 DEFAULT_SERVICE = "service-b"
 LATENCY_VARIABLE = "LAT_MS"
 ERROR_VARIABLE = "ERR_RATE"
+_CARRIER_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,37 +219,69 @@ def _inject_process(
 def _inject_app(
     runtime: Runtime, asked: FaultRequest, target: Target, clock: Callable[[], float]
 ) -> FaultOutcome:
+    """Roll the fault out, and record it as soon as the first instance that carries it takes traffic.
+
+    Recorded later, watch could find the harm before it knows of the fault, and when it began.
+    """
     fault_id = f"f-{secrets.token_hex(3)}"
     asked_at = clock()
     env = _env(asked.lat_ms, asked.err_rate)
+    before = {one.id: one.revision for one in target.instances}
     done: list[str] = []
-    revision = None
-    try:
+    fault: Fault | None = None
+
+    def roll_out() -> None:
         for version in target.versions:
-            rolled = runtime.set_env(
+            runtime.set_env(
                 target.service, version, dict(env), reason=f"fault {fault_id}", instance=asked.instance,
                 expires_at=asked_at + asked.for_s if asked.for_s else None, fault_id=fault_id,
             )  # fmt: skip
             done.append(version)
-            revision = rolled.revision
-        fault, _ = runtime.control().add_fault(
-            at="app", service=target.service, version=asked.version, instance=asked.instance,
-            lat_ms=asked.lat_ms or 0, err_rate=asked.err_rate or 0,
-            revision=revision if len(done) == 1 else None, started_at=asked_at, for_s=asked.for_s,
-            fault_id=fault_id,
+
+    def meant() -> list[Instance]:
+        return [
+            one
+            for one in runtime.instances()
+            if one.service == target.service
+            and one.version in target.versions
+            and asked.instance in {None, one.id}
+        ]
+
+    def carriers() -> list[Instance]:
+        return [one for one in meant() if one.ready and one.revision != before.get(one.id)]
+
+    def record(carrying: Sequence[Instance]) -> Fault:
+        revisions = {one.revision for one in carrying}
+        return (
+            runtime.control()
+            .add_fault(
+                at="app", service=target.service, version=asked.version, instance=asked.instance,
+                lat_ms=asked.lat_ms or 0, err_rate=asked.err_rate or 0, started_at=clock(),
+                revision=revisions.pop() if len(revisions) == 1 else None, for_s=asked.for_s,
+                fault_id=fault_id,
+            )
+            .fault
         )  # fmt: skip
-    except BaseException:
-        for version in done:
-            runtime.set_env(
-                target.service, version, dict.fromkeys(env), reason=f"undo of fault {fault_id}",
-                instance=asked.instance,
-            )  # fmt: skip
-        raise
-    ids = tuple(
-        one.id
-        for one in runtime.instances()
-        if one.service == target.service and one.version in done and asked.instance in {None, one.id}
-    )
+
+    with ThreadPoolExecutor(1) as pool:
+        rolling = pool.submit(roll_out)
+        try:
+            while fault is None and not wait([rolling], timeout=_CARRIER_POLL_S).done:
+                if carrying := carriers():
+                    fault = record(carrying)
+            rolling.result()
+            fault = fault or record(carriers())
+            ids = tuple(one.id for one in meant())
+        except BaseException:
+            wait([rolling])
+            for version in done:
+                runtime.set_env(
+                    target.service, version, _baseline(runtime, target.service, version, asked.instance, env),
+                    reason=f"undo of fault {fault_id}", instance=asked.instance,
+                )  # fmt: skip
+            if fault is not None:
+                runtime.control().clear_fault(fault_id)
+            raise
     return FaultOutcome(fault, (clock() - asked_at) * 1000, 0, ids)
 
 
@@ -315,26 +349,37 @@ def _resume(runtime: Runtime, fault: Fault) -> None:
 
 def _restore(runtime: Runtime, fault: Fault, left: Sequence[Fault]) -> None:
     """Give a workload the environment that it has without this fault (but with those that are left)."""
-    instances = [
-        one
+    versions = dict.fromkeys(
+        one.version
         for one in runtime.instances()
         if one.service == fault.service
         and fault.version in {None, one.version}
         and fault.instance in {None, one.id}
-    ]
-    for version in dict.fromkeys(one.version for one in instances):
+    )
+    for version in versions:
         mine = _env(fault.lat_ms or None, fault.err_rate or None)
-        current = runtime.revisions(fault.service, version)[-1].env
-        # A workload that does not carry the fault any more was rolled back by watch: leave it as it is.
-        broken = [name for name, value in mine.items() if fault.instance or current.get(name) == value]
-        if not broken:
-            continue
-        env: dict[str, str | None] = dict.fromkeys(broken)
+        if fault.instance is None:
+            # A workload that does not carry the fault any more was rolled back by watch: leave it as it is.
+            current = runtime.revisions(fault.service, version)[-1].env
+            mine = {name: value for name, value in mine.items() if current.get(name) == value}
+        env = _baseline(runtime, fault.service, version, fault.instance, mine)
         for other in left:
-            same = other.at == "app" and other.service == fault.service
-            if same and other.version in {None, version} and other.instance in {None, fault.instance}:
+            same = other.at == "app" and other.service == fault.service and other.instance == fault.instance
+            if same and other.version in {None, version}:
                 others = _env(other.lat_ms or None, other.err_rate or None)
                 env.update({name: value for name, value in others.items() if name in env})
-        runtime.set_env(
-            fault.service, version, env, reason=f"end of fault {fault.id}", instance=fault.instance
-        )
+        if env:
+            runtime.set_env(
+                fault.service, version, env, reason=f"end of fault {fault.id}", instance=fault.instance
+            )
+
+
+def _baseline(
+    runtime: Runtime, service: str, version: str, instance: str | None, names: Iterable[str]
+) -> dict[str, str | None]:
+    """What these variables are without a fault: as in the app file; for one instance, as its workload has."""
+    if instance is not None:
+        env: Mapping[str, str] = runtime.revisions(service, version)[-1].env
+    else:
+        env = runtime.app().services[service].versions[version].env
+    return {name: env.get(name) for name in names}

@@ -101,16 +101,20 @@ def access(rows: Sequence[AccessRow]) -> Table:
     return table
 
 
+def failed(request: TapEvent) -> bool:
+    """Whether a single request failed: 5xx, no answer at all (status 0), or a gRPC error status."""
+    return request["status"] >= 500 or request["status"] == 0 or bool(request["grpc_status"])
+
+
 def tap_line(request: TapEvent) -> Text:
     """`tap`: one request on one line."""
     status = str(request["status"])
     if request["grpc_status"] is not None:
         status += f" grpc {request['grpc_status']}"
-    failed = request["status"] >= 500 or request["status"] == 0 or bool(request["grpc_status"])
     line = Text(f"{fmt.clock(request['time'])}  ")
     line.append(f"{request['caller'] or '(unknown)'} → {request['instance']}  ")
     line.append(f"{request['method']} {request['path']}  ")
-    line.append(status, "red" if failed else "green")
+    line.append(status, "red" if failed(request) else "green")
     line.append(f"  {fmt.latency(request['latency_ms'])}")
     if request["flags"] not in {"", "-"}:
         line.append(f"  {request['flags']}", "yellow")
