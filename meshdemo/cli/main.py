@@ -70,7 +70,7 @@ def load(name: str) -> Any:
     _, module_name, line = COMMANDS[name]
     module = import_module(f"meshdemo.cli.{module_name}")
     if hasattr(module, "app"):
-        command: Any = typer.main.get_command(module.app)
+        command: Any = typer.main.get_group(module.app)
     else:
         app = typer.Typer(add_completion=False)
         app.command(name, help=module.command.__doc__ or line)(module.command)

@@ -1,5 +1,4 @@
-"""The live table of `meshdemo top`: requests of a tap, summed up by who asked whom for what. Pure but for time
-stamps in the requests themselves."""
+"""The live table of `meshdemo top`: requests of a tap, summed up by who asked whom for what. Pure."""
 
 from __future__ import annotations
 
