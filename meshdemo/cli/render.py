@@ -47,7 +47,7 @@ def kubernetes(ctx: typer.Context, app: _App = None) -> None:
         import yaml
 
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        context.emit([one for one in yaml.load_all(documents, Loader=loader) if one])  # noqa: S506
+        context.emit([one for one in yaml.load_all(documents, Loader=loader) if one])
     else:
         context.say(documents.rstrip())
 
