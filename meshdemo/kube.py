@@ -144,11 +144,11 @@ class Cluster:
         return Cluster(configuration, patience_s=patience_s)
 
     @staticmethod
-    def inside() -> Cluster:
+    def inside(*, patience_s: float = PATIENCE_S) -> Cluster:
         """The cluster that this process runs in, as its service account."""
         configuration = api.Configuration()
         api_config.load_incluster_config(client_configuration=configuration)
-        return Cluster(configuration)
+        return Cluster(configuration, patience_s=patience_s)
 
     # -- requests ------------------------------------------------------------------------------------------
     def request(

@@ -1,9 +1,34 @@
 """The control plane's side of Kubernetes: who is there, whose token this is, and where things are kept.
 
-Pods, EndpointSlices and Services become a `MeshState` (pure, `mesh_state`).
+A reflector keeps a copy of the objects of one kind (list, watch, list again). Pods, EndpointSlices and
+Services together are the instances of the mesh (`mesh_state`, pure). What the control plane must not forget
+stands in ConfigMaps and a Secret; none of it is in the pod, which may go at any moment.
 """
 
 from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import hashlib
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from meshdemo.apps.model import App
+from meshdemo.control.files import write_atomically
+from meshdemo.control.model import Instance, Intent, MeshState
+from meshdemo.errors import Failed, MeshdemoError
+from meshdemo.kube import PREFIX, ApiError, Cluster, Manifest
+
+log = logging.getLogger(__name__)
 
 # Ports of a sidecar in its pod, and of the control plane.
 OUTBOUND_PORT = 15001
@@ -14,4 +39,433 @@ XDS_PORT = 15010
 API_PORT = 8080
 
 AUDIENCE = "meshdemo"
-"""What sidecars' tokens are good for; the API server refuses to review a token for anybody else."""
+"""What sidecars' tokens are good for; the API server calls a token for anything else invalid."""
+
+MESH, SERVICE, VERSION = PREFIX + "mesh", PREFIX + "service", PREFIX + "version"  # labels
+REVISION = PREFIX + "revision"  # annotation
+
+_RESYNC_S = 300.0
+
+
+# -- who is there ------------------------------------------------------------------------------------------
+
+
+class Reflector:
+    """A copy of the objects of one kind, kept up to date by a thread.
+
+    It lists, watches from there, and lists anew when the API server no longer knows where it was (410),
+    when `resync_s` have passed, and after errors, with growing pauses. While the API server is away, the
+    copy stays.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        kind: str,
+        namespace: str,
+        changed: Callable[[], None],
+        *,
+        labels: str = "",
+        fields: str = "",
+        resync_s: float = _RESYNC_S,
+        first_pause_s: float = 0.2,
+    ) -> None:
+        """`changed` is called in the reflector's thread after each change of `objects`."""
+        self.listed = threading.Event()
+        self._cluster, self._kind, self._namespace = cluster, kind, namespace
+        self._labels, self._fields = labels, fields
+        self._changed = changed
+        self._resync_s = resync_s
+        self._first_pause_s = first_pause_s
+        self._objects: dict[str, Manifest] = {}
+        self._stopping = threading.Event()
+        self._response: Any = None
+        self._thread = threading.Thread(target=self._run, name=f"reflector of {kind}", daemon=True)
+
+    @property
+    def objects(self) -> list[Manifest]:
+        """The objects as last heard of."""
+        return list(self._objects.values())
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; it may be waiting for the network, so it is not waited for."""
+        self._stopping.set()
+        if self._response is not None:
+            self._response.close()
+
+    def _run(self) -> None:
+        version, listed_at, pause_s = "", 0.0, self._first_pause_s
+        while not self._stopping.is_set():
+            try:
+                if not version or time.monotonic() - listed_at >= self._resync_s:
+                    version, listed_at = self._list(), time.monotonic()
+                version = self._watch(version, self._resync_s)
+                pause_s = self._first_pause_s
+                continue
+            except ApiError as error:
+                version = ""
+                if error.status == 410:
+                    continue
+                log.warning("watching %s: %s", self._kind, error.message)
+            except Exception:
+                version = ""
+                log.exception("watching %s", self._kind)
+            self._stopping.wait(pause_s * random.uniform(0.8, 1.2))  # noqa: S311 - not a secret
+            pause_s = min(pause_s * 2, 10.0)
+
+    def _list(self) -> str:
+        objects, version = self._cluster.listing(
+            self._kind, self._namespace, labels=self._labels, fields=self._fields
+        )
+        self._objects = {_key(one): one for one in objects}
+        self.listed.set()
+        self._changed()
+        return version
+
+    def _watch(self, version: str, timeout_s: float) -> str:
+        for event, one in self._cluster.watch(
+            self._kind, self._namespace, version, labels=self._labels, fields=self._fields,
+            timeout_s=timeout_s, on_open=self._opened,
+        ):  # fmt: skip
+            version = one["metadata"]["resourceVersion"]
+            if event == "BOOKMARK":
+                continue
+            objects = dict(self._objects)
+            if event == "DELETED":
+                objects.pop(_key(one), None)
+            else:
+                objects[_key(one)] = one
+            self._objects = objects
+            self._changed()
+        return version
+
+    def _opened(self, response: Any) -> None:
+        self._response = response
+
+
+def _key(manifest: Manifest) -> str:
+    return str(manifest["metadata"]["name"])
+
+
+def mesh_state(
+    mesh: str,
+    namespace: str,
+    app: App,
+    pods: Iterable[Manifest],
+    slices: Iterable[Manifest],
+    services: Iterable[Manifest],
+) -> MeshState:
+    """What the control plane is told of the mesh.
+
+    An instance is ready when its service's EndpointSlice says so and its pod is not on its way out: the pod
+    shows the latter at once, the EndpointSlice a moment later, and each such moment costs requests.
+    """
+    serving = {
+        (one["metadata"].get("labels", {}).get("kubernetes.io/service-name"), endpoint["targetRef"]["name"])
+        for one in slices
+        for endpoint in one.get("endpoints") or ()
+        if (endpoint.get("conditions") or {}).get("ready") and endpoint.get("targetRef")
+    }
+    instances = []
+    for pod in sorted(pods, key=_key):
+        meta, labels = pod["metadata"], pod["metadata"].get("labels", {})
+        service = app.services.get(labels.get(SERVICE, ""))
+        if service is None or pod.get("status", {}).get("phase") in {"Succeeded", "Failed"}:
+            continue
+        revision = meta.get("annotations", {}).get(REVISION, "1")
+        instances.append(
+            Instance(
+                id=meta["name"],
+                service=labels[SERVICE],
+                version=labels.get(VERSION, "v1"),
+                revision=int(revision) if revision.isdigit() else 1,
+                host=pod.get("status", {}).get("podIP", ""),
+                inbound_port=service.port,
+                outbound_port=OUTBOUND_PORT,
+                metrics_port=PLAIN_PORT,
+                app_port=service.port,
+                ready=(labels[SERVICE], meta["name"]) in serving and "deletionTimestamp" not in meta,
+            )
+        )
+    addresses = {
+        one["metadata"]["name"]: one["spec"]["clusterIP"]
+        for one in services
+        if one["metadata"]["name"] in app.services and one["spec"].get("clusterIP", "None") != "None"
+    }
+    return MeshState(mesh=mesh, namespace=namespace, app=app, instances=tuple(instances), addresses=addresses)
+
+
+class Source:
+    """The mesh as the API server shows it, whenever it changes."""
+
+    def __init__(self, cluster: Cluster, mesh: str, namespace: str) -> None:
+        self._mesh, self._namespace = mesh, namespace
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event = asyncio.Event()
+        of_mesh = f"{MESH}={mesh}"
+
+        def reflector(kind: str, *, labels: str = "", fields: str = "") -> Reflector:
+            return Reflector(cluster, kind, namespace, self._changed, labels=labels, fields=fields)
+
+        self._pods = reflector("Pod", labels=f"{of_mesh},{SERVICE}")
+        self._slices = reflector("EndpointSlice", labels=f"{of_mesh},{SERVICE}")
+        self._services = reflector("Service", labels=f"{of_mesh},{SERVICE}")
+        self._spec = reflector("ConfigMap", fields=f"metadata.name={SPEC}")
+        self._reflectors = (self._pods, self._slices, self._services, self._spec)
+
+    async def start(self) -> MeshState:
+        """Start watching; the mesh as it is once everything was listed."""
+        self._loop = asyncio.get_running_loop()
+        for reflector in self._reflectors:
+            reflector.start()
+        while (state := self.mesh()) is None:
+            await self.change()
+        return state
+
+    def stop(self) -> None:
+        """Stop watching."""
+        for reflector in self._reflectors:
+            reflector.stop()
+
+    def mesh(self) -> MeshState | None:
+        """The mesh now; None while not everything was listed, or the app is not written down yet."""
+        if not all(reflector.listed.is_set() for reflector in self._reflectors):
+            return None
+        app = app_of(self._spec.objects)
+        if app is None:
+            return None
+        return mesh_state(
+            self._mesh, self._namespace, app, self._pods.objects, self._slices.objects, self._services.objects
+        )
+
+    async def change(self) -> None:
+        """Returns when something has changed since the last call."""
+        await self._event.wait()
+        # What one cause changes (a rollout, a deleted pod) comes as several events: take them together.
+        await asyncio.sleep(0.01)
+        self._event.clear()
+
+    def pod(self, name: str) -> Manifest | None:
+        """The pod of this name."""
+        return next((pod for pod in self._pods.objects if _key(pod) == name), None)
+
+    def _changed(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._event.set)
+
+
+def app_of(configmaps: Iterable[Manifest]) -> App | None:
+    """The app that the spec's ConfigMap holds; None if it holds none that makes sense."""
+    for one in configmaps:
+        try:
+            return App.model_validate(json.loads(one["data"]["spec.json"])["app"])
+        except (KeyError, ValueError, ValidationError):
+            continue
+    return None
+
+
+# -- whose token this is -----------------------------------------------------------------------------------
+
+
+class TokenReviews:
+    """Tells whose token this is by asking the API server; what it said holds for a while.
+
+    A sidecar reports once a second with the same token, and each review costs the API server some
+    milliseconds. A token is worth nothing once its pod is gone, whatever the review said before.
+    """
+
+    def __init__(self, cluster: Cluster, source: Source, *, holds_s: float = 60.0) -> None:
+        self._cluster, self._source = cluster, source
+        self._holds_s = holds_s
+        self._known: dict[str, tuple[float, _Proof | None]] = {}
+
+    async def instance(self, token: str, mesh: MeshState) -> Instance | None:
+        """The instance whose pod holds the token, under its own service's account; None if none."""
+        proof = await self._proof(token)
+        if proof is None:
+            return None
+        pod = self._source.pod(proof.pod)
+        if pod is None or pod["metadata"].get("uid") != proof.uid:
+            return None
+        found = next((one for one in mesh.instances if one.id == proof.pod), None)
+        # The label says which service a pod belongs to, and anyone who may make a pod may set it; the
+        # service account is what the API server vouches for.
+        account = f"system:serviceaccount:{mesh.namespace}:{found.service}" if found else None
+        return found if account == proof.user else None
+
+    async def _proof(self, token: str) -> _Proof | None:
+        if not token:
+            return None
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        now = time.monotonic()
+        until, proof = self._known.get(digest, (0.0, None))
+        if now < until:
+            return proof
+        try:
+            answer = await asyncio.to_thread(
+                self._cluster.create, "TokenReview", {"spec": {"token": token, "audiences": [AUDIENCE]}}
+            )
+        except ApiError as error:
+            if error.status == 400:
+                return None
+            # Whoever was known before stays so while the API server is away: its word has not changed.
+            log.warning("cannot review a token: %s", error.message)
+            return proof
+        proof = _proven(answer.get("status", {}))
+        if len(self._known) > 10_000:
+            self._known.clear()
+        # A refusal is remembered for a shorter time: the kubelet may just be renewing the token.
+        self._known[digest] = (now + (self._holds_s if proof else 2.0), proof)
+        return proof
+
+
+class _Proof:
+    """Whom a reviewed token belongs to."""
+
+    __slots__ = ("pod", "uid", "user")
+
+    def __init__(self, user: str, pod: str, uid: str) -> None:
+        self.user, self.pod, self.uid = user, pod, uid
+
+
+def _proven(status: Mapping[str, Any]) -> _Proof | None:
+    if not status.get("authenticated") or AUDIENCE not in status.get("audiences", ()):
+        return None
+    user = status.get("user", {})
+    extra = user.get("extra", {})
+    pod = extra.get("authentication.kubernetes.io/pod-name", [""])[0]
+    uid = extra.get("authentication.kubernetes.io/pod-uid", [""])[0]
+    return _Proof(user.get("username", ""), pod, uid) if pod and uid else None
+
+
+# -- where things are kept ---------------------------------------------------------------------------------
+
+INTENT, JOURNAL, SPEC, TRUST, AUTHORITY, API = (
+    "meshdemo-intent", "meshdemo-journal", "meshdemo-spec", "meshdemo-trust", "meshdemo-ca", "meshdemo-api"
+)  # fmt: skip
+
+
+class IntentMap:
+    """The intent in a ConfigMap. Two writers cannot overwrite each other: the second one is told."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self._cluster, self._namespace = cluster, namespace
+        self._version = ""
+
+    def load(self) -> Intent:
+        """The stored intent, or a fresh one if none was stored yet. Raises Failed if it is none."""
+        stored = self._cluster.get("ConfigMap", INTENT, self._namespace)
+        if stored is None:
+            raise Failed(f"the ConfigMap {INTENT} is gone", "run `meshdemo up` again")
+        self._version = stored["metadata"]["resourceVersion"]
+        text = (stored.get("data") or {}).get("intent.json")
+        try:
+            return Intent.model_validate_json(text) if text else Intent()
+        except ValidationError as error:
+            raise Failed(
+                f"the ConfigMap {INTENT} does not hold an intent: {error.errors()[0]['msg']}",
+                "repair its intent.json, or remove that key to start without faults, traffic or access rules",
+            ) from error
+
+    def save(self, intent: Intent) -> None:
+        """Store the intent; the one before stays if that fails. Raises Failed."""
+        try:
+            stored = self._cluster.patch(
+                "ConfigMap",
+                INTENT,
+                self._namespace,
+                {
+                    "metadata": {"resourceVersion": self._version},
+                    "data": {"intent.json": intent.model_dump_json(indent=1)},
+                },
+                merge="merge",
+            )
+        except ApiError as error:
+            if error.status == 409:
+                raise Failed(
+                    "the intent was changed by somebody else at the same moment; nothing was changed",
+                    "look at it (`meshdemo traffic show`, `fault list`, `access show`) and try again",
+                ) from error
+            raise
+        self._version = stored["metadata"]["resourceVersion"]
+
+
+class Keeper:
+    """Files of a folder that are kept in a ConfigMap or a Secret, compressed.
+
+    The control plane's parts write files, wherever it runs; in a cluster the folder is empty at each start,
+    and this fills it and carries what changes back, within a second.
+    """
+
+    def __init__(
+        self, cluster: Cluster, kind: str, name: str, namespace: str, folder: Path, files: Iterable[str],
+        *, at_most: int = 700_000,
+    ) -> None:  # fmt: skip
+        """`at_most`: of a larger file the end is kept, in whole lines (objects hold 1 MiB at most)."""
+        self._cluster, self._kind, self._name, self._namespace = cluster, kind, name, namespace
+        self._folder, self._files, self._at_most = folder, tuple(files), at_most
+        self._kept: dict[str, bytes | None] = {}
+        self._field = "data" if kind == "Secret" else "binaryData"
+
+    def restore(self) -> None:
+        """Fill the folder. Raises Failed if the object cannot be read."""
+        stored = self._cluster.get(self._kind, self._name, self._namespace)
+        if stored is None:
+            raise Failed(f"the {self._kind} {self._name} is gone", "run `meshdemo up` again")
+        packed = stored.get(self._field) or {}
+        for name in self._files:
+            content = packed.get(f"{name}.gz")
+            self._kept[name] = None if content is None else gzip.decompress(base64.b64decode(content))
+            if (kept := self._kept[name]) is not None:
+                write_atomically(self._folder / name, kept)
+
+    def save(self) -> bool:
+        """Carry back what has changed; was there anything? Raises Failed."""
+        now = {name: self._read(name) for name in self._files}
+        if now == self._kept:
+            return False
+        changed = {name: content for name, content in now.items() if content != self._kept.get(name)}
+        self._cluster.patch(
+            self._kind, self._name, self._namespace,
+            {self._field: {f"{name}.gz": _packed(content) for name, content in changed.items()}},
+            merge="merge",
+        )  # fmt: skip
+        self._kept = now
+        return True
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            content = (self._folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        if len(content) > self._at_most:
+            content = content[-self._at_most :].partition(b"\n")[2]
+        return content
+
+
+def _packed(content: bytes | None) -> str | None:
+    return None if content is None else base64.b64encode(gzip.compress(content, 5, mtime=0)).decode()
+
+
+async def keep(keepers: Iterable[Keeper], *, every_s: float = 1.0) -> None:
+    """Carry back what changes, for as long as the control plane runs, and once more when it ends."""
+    keepers = tuple(keepers)
+    try:
+        while True:
+            await asyncio.sleep(every_s)
+            for keeper in keepers:
+                await asyncio.to_thread(_save, keeper)
+    finally:
+        for keeper in keepers:
+            _save(keeper)
+
+
+def _save(keeper: Keeper) -> None:
+    try:
+        keeper.save()
+    except MeshdemoError as error:
+        log.warning("cannot store what has changed; trying again: %s", error.message)

@@ -41,6 +41,11 @@ class MeshState(_Value):
     namespace: str = "default"
     app: App
     instances: tuple[Instance, ...] = ()
+    addresses: dict[str, str] = Field(
+        default_factory=dict,
+        description="service -> address of its name, where the sidecars' traffic is redirected to them "
+        "(Kubernetes); empty where they are the apps' HTTP proxy",
+    )
 
 
 class Fault(_Value):
