@@ -52,6 +52,7 @@ class StatusRow(TypedDict):
     revision: int
     instances: list[InstanceRow]
     nacks: list[Nack]
+    trouble: str  # of the control plane itself, such as a full disk; usually empty
 
 
 class SignalRow(TypedDict):

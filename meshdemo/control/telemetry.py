@@ -364,8 +364,10 @@ class Store:
     # -- reading
 
     def window(self, seconds: float) -> list[Sample]:
-        """Samples received in the last `seconds`, and the longest that one of them covers; oldest first."""
-        start = self._clock() - seconds
+        """Samples received in the last `seconds`, oldest first; some more, so that a window of so many
+        seconds, counted back from the newest sample, finds all of its own."""
+        intervals = (known.sample.end - known.sample.start for known in list(self._reporters.values()))
+        start = self._clock() - seconds - 2 * min(max(intervals, default=0.0), 60.0)
         with self._condition:
             recent = list(self._recent)
             packed = list(self._packed)

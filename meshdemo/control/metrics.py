@@ -1,0 +1,162 @@
+"""The mesh in Prometheus' form: `GET /metrics` of the control plane.
+
+Counters are added up from the samples as they come, by service, version, route and caller; the histogram by
+service and version alone, for each of its series costs one line a bucket. Names and units follow
+https://prometheus.io/docs/practices/naming/. All start at zero when the control plane starts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from meshdemo.control.signals import BOUNDS_MS, Sample, middle_ms
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+    from meshdemo.control.client import InstanceRow
+
+# Every second bound from 0.5 ms on: steps of at most 33 %, in half the lines.
+_LE = tuple(index for index, bound in enumerate(BOUNDS_MS) if bound >= 0.5 and index % 2 == 0)
+
+_Series = tuple[str, str, str, str]  # service, version, route, caller
+_LABELS = ("service", "version", "route", "caller")
+
+
+class Totals:
+    """What has been counted since the start. One thread adds, any may read."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: defaultdict[tuple[str, ...], int] = defaultdict(int)  # _Series and code
+        self._failures: defaultdict[_Series, int] = defaultdict(int)
+        self._denied: defaultdict[_Series, int] = defaultdict(int)
+        self._latency: defaultdict[tuple[str, str], defaultdict[int, int]] = defaultdict(
+            lambda: defaultdict(int)
+        )
+        self._events: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self._exports = 0
+
+    def sample(self, sample: Sample) -> None:
+        """Count one export."""
+        with self._lock:
+            self._exports += 1
+            for cell in sample.cells:
+                if not cell.inbound:
+                    continue
+                series = (sample.service, sample.version, cell.route, cell.peer)
+                for code, n in cell.codes.items():
+                    self._requests[(*series, code)] += n
+                if cell.failures:
+                    self._failures[series] += cell.failures
+                if cell.denied:
+                    self._denied[series] += cell.denied
+                latency = self._latency[series[:2]]
+                for index, n in cell.latency.counts.items():
+                    latency[index] += n
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Count what watch did and found."""
+        if event.get("event") in ("acted", "violated"):
+            what = event.get("remedy" if event["event"] == "acted" else "objective")
+            with self._lock:
+                self._events[(event["event"], str(event.get("service") or ""), str(what or ""))] += 1
+
+    def families(self) -> Iterator[Metric]:
+        """The counters and the histogram."""
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+        with self._lock:
+            requests, failures, denied = dict(self._requests), dict(self._failures), dict(self._denied)
+            latency = {key: dict(counts) for key, counts in self._latency.items()}
+            events, exports = dict(self._events), self._exports
+
+        total = CounterMetricFamily(
+            "meshdemo_requests",
+            "Requests that a service answered, by response code.",
+            labels=(*_LABELS, "code"),
+        )
+        for key, n in requests.items():
+            total.add_metric(key, n)
+        yield total
+        for name, words, counts in (
+            ("failures", "Requests that failed: 5xx, gRPC error status, reset, timeout.", failures),
+            ("denied", "Requests that access rules refused.", denied),
+        ):
+            family = CounterMetricFamily(f"meshdemo_request_{name}", words, labels=_LABELS)
+            for series, n in counts.items():
+                family.add_metric(series, n)
+            yield family
+        duration = HistogramMetricFamily(
+            "meshdemo_request_duration_seconds",
+            "Time from a request's first to its answer's last byte.",
+            labels=("service", "version"),
+        )
+        for scope, by_index in latency.items():
+            duration.add_metric(scope, _buckets(by_index), sum_value=_sum_s(by_index))
+        yield duration
+        for event, name, label, words in (
+            ("acted", "meshdemo_remedies", "remedy", "Remedies that watch tried."),
+            ("violated", "meshdemo_violations", "objective", "Objectives that watch found violated."),
+        ):
+            family = CounterMetricFamily(name, words, labels=("service", label))
+            for (kind, service, what), n in events.items():
+                if kind == event:
+                    family.add_metric((service, what), n)
+            yield family
+        yield CounterMetricFamily(
+            "meshdemo_telemetry_exports", "Telemetry exports taken in from sidecars.", value=exports
+        )
+
+
+def _buckets(by_index: Mapping[int, int]) -> list[tuple[str, float]]:
+    """Cumulative buckets in seconds. A bucket holds what is below its bound, as Envoy counts it."""
+    rows: list[tuple[str, float]] = []
+    seen, position = 0, 0
+    indices = sorted(by_index)
+    for le in _LE:
+        while position < len(indices) and indices[position] <= le:
+            seen += by_index[indices[position]]
+            position += 1
+        rows.append((f"{BOUNDS_MS[le] / 1000:g}", seen))
+    return [*rows, ("+Inf", sum(by_index.values()))]
+
+
+def _sum_s(by_index: Mapping[int, int]) -> float:
+    """The sum of all durations, each taken at its bucket's middle."""
+    return sum(middle_ms(index) * n for index, n in by_index.items()) / 1000
+
+
+def page(
+    totals: Totals, instances: Collection[InstanceRow], *, revision: int, faults: int, trouble: bool
+) -> bytes:
+    """The whole page, in Prometheus' text format."""
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.core import GaugeMetricFamily
+    from prometheus_client.registry import Collector
+
+    class Now(Collector):
+        def collect(self) -> Iterator[Metric]:
+            yield from totals.families()
+            sidecars = GaugeMetricFamily("meshdemo_sidecars", "Sidecars by what they are.", labels=("state",))
+            for state, n in (
+                ("connected", sum(row["connected"] for row in instances)),
+                ("acked", sum(row["acked"] for row in instances)),
+                ("silent", sum(row["silent"] for row in instances)),
+                ("ejected", sum(row["ejected"] for row in instances)),
+                ("expected", len(instances)),
+            ):
+                sidecars.add_metric((state,), n)
+            yield sidecars
+            yield GaugeMetricFamily("meshdemo_intent_revision", "Revision of the intent.", value=revision)
+            yield GaugeMetricFamily("meshdemo_faults", "Faults in force.", value=faults)
+            yield GaugeMetricFamily(
+                "meshdemo_journal_trouble", "1 while the journal cannot be written to disk.", value=trouble
+            )
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Now())
+    return generate_latest(registry)

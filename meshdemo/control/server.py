@@ -1,0 +1,223 @@
+"""Wires the control plane into one process: `python -m meshdemo.control.server --state DIR ...`.
+
+One asyncio loop (the main thread) serves the sidecars over gRPC: ADS, telemetry, access logs. A thread
+serves the HTTP API; what it asks of the control plane runs on the loop. Both addresses are given, and stay
+the same over restarts, so that sidecars and clients find it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from pydantic import ValidationError
+
+from meshdemo.control import metrics, telemetry
+from meshdemo.control.api import Control, create_app
+from meshdemo.control.files import write_atomically
+from meshdemo.control.journal import Journal
+from meshdemo.control.model import MeshState
+from meshdemo.control.plane import ControlPlane
+from meshdemo.control.tap import Tap
+from meshdemo.errors import Failed, MeshdemoError, Missing
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+log = logging.getLogger(__name__)
+
+# Each long poll, tap or page holds one thread; the rest answer calls, some of which wait for sidecars.
+_HTTP_THREADS = 32
+_STOP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a control plane keeps its state, and where it is found."""
+
+    state: Path
+    grpc_port: int
+    http_port: int
+    grpc_host: str = "127.0.0.1"
+    http_host: str = "127.0.0.1"
+    allowed_hosts: tuple[str, ...] = ()
+    open_listen: str | None = None  # HOST:PORT for /healthz and /metrics alone
+
+    @property
+    def control(self) -> Path:
+        """The folder that only the control plane writes to."""
+        return self.state / "control"
+
+
+def read_mesh(state: Path) -> MeshState:
+    """The mesh as the runtime reports it.
+
+    Raises:
+        Missing: it has not reported yet. Failed: what it reported cannot be read.
+    """
+    path = state / "instances.json"
+    try:
+        return MeshState.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise Missing(f"{path} is not there", "`meshdemo up` writes it") from None
+    except (OSError, ValidationError) as error:
+        raise Failed(f"{path} cannot be read: {error}") from error
+
+
+def api_token(path: Path) -> str:
+    """The API's bearer token: that of the file, which is made if there is none and which its owner alone
+    can read.
+
+    Raises:
+        Failed: it can neither be read nor be made.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if token := path.read_text().strip():
+                return token
+        token = secrets.token_urlsafe(32)
+        write_atomically(path, token.encode())
+    except OSError as error:
+        raise Failed(f"cannot keep the API's token in {path}: {error.strerror}") from error
+    return token
+
+
+async def serve(place: Place) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Raises:
+        MeshdemoError: the state cannot be read, or a port is taken.
+    """
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    place.control.mkdir(mode=0o700, parents=True, exist_ok=True)
+    journal, totals, store = Journal(place.control / "events.jsonl"), metrics.Totals(), telemetry.Store()
+
+    def record(event: Mapping[str, Any]) -> None:
+        totals.event(journal.append(event))
+
+    mesh = read_mesh(place.state)
+    store.track([instance.id for instance in mesh.instances])
+    plane = ControlPlane(place.control, mesh, journal=record)
+    tap = Tap(plane.set_tap, plane.authenticate)
+    server = grpc.aio.server(
+        options=(
+            # Two control planes on one port would share its connections; the second must fail.
+            ("grpc.so_reuseport", 0),
+            # Sidecars ping every 30 s, also when there is nothing to say.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        )
+    )
+    server.add_generic_rpc_handlers(
+        (*plane.handlers(), telemetry.handler(store, plane.authenticate, totals.sample), tap.handler())
+    )
+    address = f"{place.grpc_host}:{place.grpc_port}"
+    try:
+        server.add_secure_port(address, plane.server_credentials())
+    except RuntimeError as error:
+        raise Failed(f"cannot listen on {address} for sidecars: {error}", "is the port taken?") from error
+    control = Control(
+        plane=plane,
+        store=store,
+        journal=journal,
+        tap=tap,
+        totals=totals,
+        loop=loop,
+        read_mesh=lambda: read_mesh(place.state),
+    )
+    await plane.start()
+    await server.start()
+    _serve_http(place, control)
+    record({"event": "control_plane_started", "revision": plane.intent.revision})
+    log.info("serving sidecars on %s and the API on %s:%d", address, place.http_host, place.http_port)
+    await stopped.wait()
+    log.info("stopping")
+    await plane.stop()
+    await server.stop(_STOP_S)
+    journal.close()
+
+
+def _serve_http(place: Place, control: Control) -> None:
+    """Serve the API from a thread that ends with the process."""
+    import waitress
+
+    open_port = None
+    listen = [f"{place.http_host}:{place.http_port}"]
+    if place.open_listen is not None:
+        open_port = int(place.open_listen.rsplit(":", 1)[1])
+        listen.append(place.open_listen)
+    app: Flask = create_app(
+        control,
+        token=api_token(place.control / "api-token"),
+        allowed_hosts=place.allowed_hosts,
+        open_port=open_port,
+    )
+    try:
+        server = waitress.create_server(
+            app,
+            listen=" ".join(listen),
+            threads=_HTTP_THREADS,
+            ident=None,
+            clear_untrusted_proxy_headers=True,
+        )
+    except OSError as error:
+        raise Failed(
+            f"cannot listen on {' and '.join(listen)}: {error.strerror}", "is the port taken?"
+        ) from error
+    threading.Thread(target=server.run, name="http", daemon=True).start()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process; its exit status as of `MeshdemoError`."""
+    parser = argparse.ArgumentParser(prog="meshdemo.control.server", description=__doc__.splitlines()[0])
+    parser.add_argument("--state", type=Path, required=True, help="the mesh's state folder")
+    parser.add_argument("--grpc-port", type=int, required=True, help="for sidecars (TLS)")
+    parser.add_argument("--http-port", type=int, required=True, help="for the API")
+    parser.add_argument("--grpc-host", default="127.0.0.1")
+    parser.add_argument("--http-host", default="127.0.0.1")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="may stand in a Host header"
+    )
+    parser.add_argument(
+        "--open-listen", metavar="HOST:PORT", help="/healthz and /metrics alone, without token"
+    )
+    parser.add_argument("--verbose", action="store_true")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if given.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    place = Place(
+        state=given.state,
+        grpc_port=given.grpc_port,
+        http_port=given.http_port,
+        grpc_host=given.grpc_host,
+        http_host=given.http_host,
+        allowed_hosts=tuple(given.allow_host),
+        open_listen=given.open_listen,
+    )
+    try:
+        asyncio.run(serve(place))
+    except MeshdemoError as error:
+        log.error("%s", error)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
