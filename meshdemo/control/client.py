@@ -186,6 +186,10 @@ class ControlClient:
             raise BadInput(f"control plane URL '{base_url}' is not http://HOST:PORT")
         self._host, self._port = parts.hostname, parts.port or 80
 
+    def page_url(self) -> str:
+        """Address of the web page. It signs in by its fragment, which browsers send to nobody."""
+        return f"{self.base_url}/#token={quote(self._token, safe='')}"
+
     # -- state
 
     def healthy(self) -> bool:
