@@ -8,6 +8,9 @@ threaded, calls it through `asyncio.run_coroutine_threadsafe`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import jinja2
+import yaml
+from envoy.extensions.transport_sockets.tls.v3.secret_pb2 import Secret
+from google.protobuf.json_format import ParseError
 
+from meshdemo.control import xds
+from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Nack, Outcome
+from meshdemo.control.identity import Authenticator, Authority, Certificate, TokenHashes, bearer, spiffe_id
+from meshdemo.control.intent import IntentStore, expire_faults, forget_gone
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
+from meshdemo.control.render import Renderer
+from meshdemo.errors import Failed
+from meshdemo.resources import TEMPLATES
+
+__all__ = ["SERVER_OPTIONS", "Change", "ControlPlane", "Journal", "Settings", "Sidecar"]
+
+log = logging.getLogger(__name__)
 
 Change = Callable[[Intent, MeshState], Intent]
 """A change of the intent: pure, and raises BadInput if it makes no sense. Those of `intent.py` fit through
@@ -42,6 +60,8 @@ class Settings:
 
     ack_timeout_s: float = 5.0  # how long a change waits for a sidecar that does not answer
     certificate_lifetime_s: float = 3600.0
+    root_overlap_s: float = 2.0  # how long both roots are trusted after all certificates are re-issued
+    templates: Path = TEMPLATES / "envoy"
 
 
 class ControlPlane:
@@ -54,54 +74,116 @@ class ControlPlane:
         *,
         journal: Journal,
         settings: Settings | None = None,
+        authenticator: Authenticator | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Load (or make) the intent and the certificate authority in the folder `state`.
 
-        Raises Failed with a remedy if what is stored there cannot be read.
+        Args:
+            authenticator: whose tokens are accepted; default: those whose hashes the mesh state holds.
+
+        Raises:
+            Failed: what is stored there cannot be read, or the templates are broken.
         """
-        raise NotImplementedError
+        self._settings = settings or Settings()
+        self._journal = journal
+        self._clock = clock
+        self._authenticator = authenticator or TokenHashes()
+        self._store = IntentStore(state / "intent.json")
+        self._authority = Authority(state, mesh.mesh, clock())
+        self._server_certificate = self._issue_server_certificate()
+        self._mesh = mesh
+        self._intent = forget_gone(self._store.load(), mesh)
+        self._tap = False
+        self._renderer = Renderer(self._settings.templates)
+        self._rendered = self._render(self._mesh, self._intent)
+        self._trust = self._trust_bundle()
+        self._identities: dict[str, tuple[Certificate, xds.Bundle]] = {}
+        self._composed: dict[str, tuple[tuple[Any, ...], xds.Snapshot]] = {}
+        self._discovery = Discovery(self._wanted, self.authenticate, journal)
+        self._changing = asyncio.Lock()
+        self._intent_changed = asyncio.Event()
+        self._timers: list[asyncio.Task[None]] = []
 
     # -- life ---------------------------------------------------------------------------------------------
+
     async def start(self) -> None:
         """Start the timers (fault expiry, certificates). Call on the loop that serves."""
-        raise NotImplementedError
+        self._timers = [
+            asyncio.create_task(self._expire_faults()),
+            asyncio.create_task(self._renew_certificates()),
+        ]
+        if self._authority.replacing_root:
+            self._timers.append(asyncio.create_task(self._finish_root()))
 
     async def stop(self) -> None:
         """Stop the timers and close all streams."""
-        raise NotImplementedError
+        for timer in self._timers:
+            timer.cancel()
+        await asyncio.gather(*self._timers, return_exceptions=True)
+        self._discovery.close()
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """TLS for the gRPC server, from the mesh's own authority; follows the rotation of its certificate."""
-        raise NotImplementedError
+        first = self._server_certificate
+        served = first
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            """Called for each handshake, on a thread of gRPC; None: as before."""
+            nonlocal served
+            if served is self._server_certificate:
+                return None
+            served = self._server_certificate
+            return grpc.ssl_server_certificate_configuration([(served.key, served.chain)])
+
+        return grpc.dynamic_ssl_server_credentials(
+            grpc.ssl_server_certificate_configuration([(first.key, first.chain)]), fetch
+        )
 
     def handlers(self) -> Sequence[grpc.GenericRpcHandler]:
-        """The gRPC services to add to the server (`server.add_generic_rpc_handlers`): ADS."""
-        raise NotImplementedError
+        """The gRPC services to add to the server (`server.add_generic_rpc_handlers`): ADS.
+
+        The server is to be made with `SERVER_OPTIONS`.
+        """
+        return (self._discovery.handler(),)
 
     async def authenticate(self, metadata: Collection[tuple[str, str | bytes]]) -> Instance | None:
         """Whose token a gRPC call carries (`context.invocation_metadata()`); None if nobody's.
 
         OTLP and ALS ask this too: identity comes from here and never from what a message says.
         """
-        raise NotImplementedError
+        token = bearer(metadata)
+        return await self._authenticator.instance(token, self._mesh) if token else None
 
     # -- what is ------------------------------------------------------------------------------------------
+
     @property
     def intent(self) -> Intent:
         """The intent in force. A value: safe to read from any thread."""
-        raise NotImplementedError
+        return self._intent
 
     @property
     def mesh(self) -> MeshState:
         """The mesh as the runtime last reported it. A value: safe to read from any thread."""
-        raise NotImplementedError
+        return self._mesh
+
+    @property
+    def trust_path(self) -> Path:
+        """The file with the certificates that the mesh trusts (PEM): what sidecars check this server by."""
+        return self._authority.trust_path
 
     def sidecars(self) -> list[Sidecar]:
         """How each instance's sidecar stands, in the order of the mesh state. On the loop only."""
-        raise NotImplementedError
+        found = []
+        for instance in self._mesh.instances:
+            stream = self._discovery.stream(instance.id)
+            nacks = stream.nacks() if stream else {}
+            acked = stream is not None and stream.settled() and not nacks
+            found.append(Sidecar(instance, stream is not None, acked, nacks))
+        return found
 
     # -- what should be -----------------------------------------------------------------------------------
+
     async def change(self, fn: Change) -> Effect:
         """Change the intent; returns when every affected sidecar that is connected has confirmed it.
 
@@ -109,10 +191,29 @@ class ControlPlane:
         are connected but did not answer in time; they take the change when they do. A change that changes
         nothing keeps the revision.
 
-        Raises BadInput (from `fn`); Failed if the intent could not be stored, or a sidecar rejected it: the
-        intent before stays (comes back) in force, and the message names the sidecar and Envoy's words.
+        Raises:
+            BadInput: from `fn`.
+            Failed: the intent could not be stored, or a sidecar rejected it: the intent before stays (comes
+                back) in force, and the message names the sidecar and Envoy's words.
         """
-        raise NotImplementedError
+        started = time.perf_counter()
+        async with self._changing:
+            before, rendered = self._intent, self._rendered
+            after = fn(before, self._mesh)
+            if after is before:
+                return Effect(revision=before.revision, effective_ms=0, sidecars=0)
+            new = self._render(self._mesh, after)
+            await asyncio.to_thread(self._store.save, after)
+            self._intent, self._rendered = after, new
+            self._intent_changed.set()
+            outcome = await self._push()
+            if outcome.nacks:
+                self._intent, self._rendered = before, rendered
+                self._intent_changed.set()
+                await asyncio.to_thread(self._store.save, before)
+                await self._push()
+                raise _rejected(outcome.nacks)
+        return self._effect(started, outcome)
 
     async def refresh(self, mesh: MeshState) -> Effect:
         """Take what the runtime reports: new, gone, (un)ready instances. Closes streams of those gone.
@@ -120,16 +221,192 @@ class ControlPlane:
         Ejections of instances that are gone are dropped. A rejection is journalled and stands in
         `sidecars()`; it does not raise, for the instances are facts.
         """
-        raise NotImplementedError
+        started = time.perf_counter()
+        async with self._changing:
+            if mesh == self._mesh:
+                return Effect(revision=self._intent.revision, effective_ms=0, sidecars=0)
+            intent = forget_gone(self._intent, mesh)
+            rendered = self._render(mesh, intent)
+            if intent is not self._intent:
+                await asyncio.to_thread(self._store.save, intent)
+            self._mesh, self._intent, self._rendered = mesh, intent, rendered
+            there = {instance.id for instance in mesh.instances}
+            for gone in set(self._identities) - there:
+                del self._identities[gone]
+            for gone in set(self._composed) - there:
+                del self._composed[gone]
+            self._discovery.retain(mesh.instances)
+            outcome = await self._push()
+        return self._effect(started, outcome)
 
     async def set_tap(self, on: bool) -> Effect:
         """Have every sidecar send its access log (ALS) to the control plane, or stop that. Not persisted."""
-        raise NotImplementedError
+        started = time.perf_counter()
+        async with self._changing:
+            self._tap = on
+            self._rendered = self._render(self._mesh, self._intent)
+            outcome = await self._push()
+        return self._effect(started, outcome)
 
     async def rotate_certificates(self) -> Effect:
         """Give every connected sidecar a fresh key and certificate now (also done by itself in time)."""
-        raise NotImplementedError
+        started = time.perf_counter()
+        async with self._changing:
+            self._identities.clear()
+            self._server_certificate = self._issue_server_certificate()
+            outcome = await self._push()
+        return self._effect(started, outcome)
 
     async def rotate_root(self) -> Effect:
-        """Replace the root: trust both, re-issue all certificates, then trust the new one alone."""
-        raise NotImplementedError
+        """Replace the root: trust both, re-issue all certificates, then trust the new one alone.
+
+        Raises:
+            Failed: a sidecar did not confirm a step. Both roots stay trusted then, everything goes on
+                working, and a second call (or a restart) goes on where this one stopped.
+        """
+        started = time.perf_counter()
+        async with self._changing:
+            self._authority.prepare_root(self._clock())
+            self._trust = self._trust_bundle()
+            _all_confirmed(await self._push(), "trusting the new root as well")
+            self._authority.switch_root()
+            self._identities.clear()
+            self._server_certificate = self._issue_server_certificate()
+            _all_confirmed(await self._push(), "its certificate of the new root")
+            # Handshakes that began with the old certificates end with them.
+            await asyncio.sleep(self._settings.root_overlap_s)
+            self._authority.retire_root()
+            self._trust = self._trust_bundle()
+            outcome = await self._push()
+        return self._effect(started, outcome)
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    def _render(self, mesh: MeshState, intent: Intent) -> Mapping[str, xds.Snapshot]:
+        try:
+            return self._renderer.snapshots(mesh, intent, tap=self._tap)
+        except (jinja2.TemplateError, yaml.YAMLError, ParseError) as error:
+            raise Failed(
+                f"the Envoy templates are broken: {error}", f"mend them in {self._settings.templates}"
+            ) from error
+
+    def _wanted(self, instance: Instance) -> xds.Snapshot:
+        """What an instance's sidecar should have now: what was rendered, and its secrets."""
+        rendered = self._rendered.get(instance.id, {})
+        _, identity = self._identity(instance)
+        parts = (rendered, self._trust, identity)
+        composed = self._composed.get(instance.id)
+        if composed is None or any(a is not b for a, b in zip(composed[0], parts, strict=True)):
+            composed = (parts, {**rendered, xds.SECRETS: (self._trust, identity)})
+            self._composed[instance.id] = composed
+        return composed[1]
+
+    def _identity(self, instance: Instance) -> tuple[Certificate, xds.Bundle]:
+        found = self._identities.get(instance.id)
+        if found is None:
+            certificate = self._authority.issue(
+                spiffe_id(self._mesh.mesh, self._mesh.namespace, instance.service),
+                self._clock(),
+                self._settings.certificate_lifetime_s,
+            )
+            secret = Secret(name="identity")
+            secret.tls_certificate.certificate_chain.inline_bytes = certificate.chain
+            secret.tls_certificate.private_key.inline_bytes = certificate.key
+            found = (certificate, xds.Bundle({"identity": xds.encode(xds.SECRETS, secret)}))
+            self._identities[instance.id] = found
+        return found
+
+    def _trust_bundle(self) -> xds.Bundle:
+        secret = Secret(name="trust")
+        secret.validation_context.trusted_ca.inline_bytes = self._authority.trust
+        return xds.Bundle({"trust": xds.encode(xds.SECRETS, secret)})
+
+    def _issue_server_certificate(self) -> Certificate:
+        return self._authority.issue_control_plane(self._clock(), self._settings.certificate_lifetime_s)
+
+    async def _push(self) -> Outcome:
+        return await self._discovery.push(self._settings.ack_timeout_s)
+
+    def _effect(self, started: float, outcome: Outcome) -> Effect:
+        return Effect(
+            revision=self._intent.revision,
+            effective_ms=round((outcome.last_ack - started) * 1000, 3),
+            sidecars=outcome.confirmed,
+            unconfirmed=outcome.unconfirmed,
+        )
+
+    # -- timers -------------------------------------------------------------------------------------------
+
+    async def _expire_faults(self) -> None:
+        """End faults when their time is over."""
+        while True:
+            self._intent_changed.clear()
+            ends = [fault.expires_at for fault in self._intent.faults if fault.expires_at is not None]
+            wait_s = max(0.0, min(ends) - self._clock()) if ends else None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._intent_changed.wait(), wait_s)
+                continue
+            over = [
+                f for f in self._intent.faults if f.expires_at is not None and f.expires_at <= self._clock()
+            ]
+            try:
+                effect = await self.change(lambda intent, _: expire_faults(intent, self._clock()))
+            except Failed as error:
+                log.error("faults that are over could not be cleared: %s", error)
+                await asyncio.sleep(1)
+                continue
+            for fault in over:
+                self._journal(
+                    {
+                        "event": "fault_expired",
+                        "fault": fault.id,
+                        "service": fault.service,
+                        "effective_ms": effect.effective_ms,
+                    }
+                )
+
+    async def _renew_certificates(self) -> None:
+        """Replace certificates when about two thirds of their lifetime are over."""
+        pause_s = min(30.0, self._settings.certificate_lifetime_s / 20)
+        while True:
+            await asyncio.sleep(pause_s)
+            now = self._clock()
+            if self._server_certificate.renew_at <= now:
+                self._server_certificate = self._issue_server_certificate()
+            due = [
+                instance
+                for instance, (certificate, _) in self._identities.items()
+                if certificate.renew_at <= now
+            ]
+            if due:
+                async with self._changing:
+                    for instance in due:
+                        self._identities.pop(instance, None)
+                    await self._push()
+
+    async def _finish_root(self) -> None:
+        """Go on with the replacement of the root that a restart interrupted, once sidecars are back."""
+        await asyncio.sleep(self._settings.ack_timeout_s)
+        try:
+            await self.rotate_root()
+        except Failed as error:
+            log.error("the replacement of the root is still unfinished: %s", error)
+
+
+def _rejected(nacks: Sequence[Nack]) -> Failed:
+    first = nacks[0]
+    more = f" (and {len(nacks) - 1} more)" if len(nacks) > 1 else ""
+    return Failed(
+        f"the sidecar of {first.instance} rejected its {first.type}{more}: {first.error}",
+        "nothing was changed; Envoy's words say what it will not take",
+    )
+
+
+def _all_confirmed(outcome: Outcome, what: str) -> None:
+    if outcome.nacks:
+        raise _rejected(outcome.nacks)
+    if outcome.unconfirmed:
+        raise Failed(
+            f"no answer from {', '.join(outcome.unconfirmed[:5])} (of {len(outcome.unconfirmed)}) to {what}",
+            "both roots stay trusted; try again when these sidecars answer",
+        )

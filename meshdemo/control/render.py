@@ -1,0 +1,507 @@
+"""The mesh and its intent -> what each sidecar should have, through the templates in `templates/envoy`.
+
+Templates render YAML, which becomes protobuf with unknown fields refused. That is slow, and most of it is
+the same for everyone, so it is done once for each distinct input and remembered: a change of one service
+renders that service's part alone, and a thousand sidecars share the encoded result. What differs from
+instance to instance (addresses, ports) is no text at all: it is filled into a copy of the parsed message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import jinja2
+import yaml
+from envoy.config.cluster.v3.cluster_pb2 import Cluster
+from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
+from envoy.config.listener.v3.listener_pb2 import Listener
+from envoy.config.route.v3.route_components_pb2 import VirtualHost
+from envoy.config.route.v3.route_pb2 import RouteConfiguration
+from envoy.extensions.access_loggers.grpc.v3 import als_pb2 as _als
+from envoy.extensions.access_loggers.stats.v3 import stats_pb2 as _stats
+from envoy.extensions.filters.http.fault.v3 import fault_pb2 as _fault
+from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as _rbac
+from envoy.extensions.filters.http.router.v3 import router_pb2 as _router
+from envoy.extensions.filters.network.http_connection_manager.v3 import (
+    http_connection_manager_pb2 as _hcm,
+)
+from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as _network_rbac
+from envoy.extensions.filters.network.tcp_proxy.v3 import tcp_proxy_pb2 as _tcp_proxy
+from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2 as _previous_hosts
+from envoy.extensions.transport_sockets.tls.v3 import tls_pb2 as _tls
+from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2 as _http_options
+from envoy.service.runtime.v3.rtds_pb2 import Runtime
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from pydantic import BaseModel
+
+from meshdemo.apps.model import Route, Service
+from meshdemo.control import xds
+from meshdemo.control.identity import spiffe_id, trust_domain
+from meshdemo.control.intent import callers
+from meshdemo.control.model import Fault, Instance, Intent, MeshState, Traffic
+from meshdemo.resources import TEMPLATES
+
+# A message that a `typed_config` names must be known to protobuf; importing its module makes it known.
+_KNOWN = (
+    _als, _stats, _fault, _rbac, _router, _hcm, _network_rbac, _tcp_proxy, _previous_hosts, _tls,
+    _http_options,
+)  # fmt: skip
+
+OTHER = "other"
+"""The name of the route that takes what no declared route takes."""
+
+_T = TypeVar("_T")
+_M = TypeVar("_M", bound=Message)
+
+
+# -- faults to routes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Degradation:
+    """What the sidecar does to requests: latency for a share of them, an error for a share of them."""
+
+    lat_ms: float
+    share: float
+    err_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class InboundRoute:
+    """One entry of an instance's route table; the first that matches a request takes it."""
+
+    name: str
+    kind: str  # "path" (exact) or "prefix"
+    path: str
+    method: str | None = None
+    caller: str | None = None  # SPIFFE identity
+    fault: Degradation | None = None
+
+
+def combine(faults: Iterable[Fault]) -> Degradation | None:
+    """Several faults on the same requests: the longest latency counts, errors strike independently."""
+    faults = list(faults)
+    slowest = max(faults, key=lambda fault: fault.lat_ms, default=None)
+    if slowest is None:
+        return None
+    spared = 1.0
+    for fault in faults:
+        spared *= 1 - fault.err_rate
+    degradation = Degradation(slowest.lat_ms, slowest.share, round(1 - spared, 6))
+    return degradation if degradation.lat_ms or degradation.err_rate else None
+
+
+def declared_routes(service: Service) -> list[Route]:
+    """The service's routes, exact paths first and longer prefixes before shorter, and the rest."""
+    ordered = sorted(
+        service.routes,
+        key=lambda route: (route.path is None, -len(route.prefix or ""), route.method is None),
+    )
+    return [*ordered, Route(name=OTHER, prefix="/")]
+
+
+def inbound_routes(
+    service: Service, faults: Sequence[Fault], identity: Callable[[str], str]
+) -> list[InboundRoute]:
+    """The route table of an instance that these faults apply to.
+
+    A fault on a path prefix or a caller splits the routes that it meets; each part keeps its route's name, so
+    that signals by route stay whole.
+    """
+    table: list[InboundRoute] = []
+    for route in declared_routes(service):
+        for kind, path in _parts(route, faults):
+            meeting = [fault for fault in faults if path.startswith(fault.route or "/")]
+            anyone = [fault for fault in meeting if fault.caller is None]
+            for caller in dict.fromkeys(fault.caller for fault in meeting if fault.caller):
+                its = [*anyone, *(fault for fault in meeting if fault.caller == caller)]
+                table.append(
+                    InboundRoute(route.name, kind, path, route.method, identity(caller), combine(its))
+                )
+            table.append(InboundRoute(route.name, kind, path, route.method, None, combine(anyone)))
+    return table
+
+
+def _parts(route: Route, faults: Sequence[Fault]) -> list[tuple[str, str]]:
+    """A route as (kind, path), and before it the parts that faults on a longer prefix cut out of it."""
+    if route.path is not None:
+        return [("path", route.path)]
+    prefix = route.prefix or "/"
+    longer = {
+        fault.route
+        for fault in faults
+        if fault.route and fault.route != prefix and fault.route.startswith(prefix)
+    }
+    return [("prefix", path) for path in (*sorted(longer, key=lambda path: (-len(path), path)), prefix)]
+
+
+# -- split ------------------------------------------------------------------------------------------------
+
+
+def effective_split(service: Service, traffic: Traffic, ready: Mapping[str, int]) -> dict[str, int]:
+    """Version -> weight, as callers should split.
+
+    Without a split in the intent, the versions that `up` starts by itself get everything, each by the number
+    of its ready instances: a version that is added later gets nothing until somebody says so.
+    """
+    if traffic.split:
+        return {version: weight for version, weight in traffic.split.items() if weight}
+    initial = [version for version, workload in service.versions.items() if workload.initial]
+    for candidates in (initial, list(ready)):
+        weights = {version: ready[version] for version in candidates if ready.get(version)}
+        if weights:
+            return {next(iter(weights)): 100} if len(weights) == 1 else weights
+    return {(initial or list(service.versions))[0]: 100}
+
+
+# -- rendering --------------------------------------------------------------------------------------------
+
+
+class Renderer:
+    """Renders snapshots; remembers what it rendered for as long as it is in use."""
+
+    def __init__(self, templates: Path = TEMPLATES / "envoy") -> None:
+        self._environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(templates),
+            undefined=jinja2.StrictUndefined,
+            autoescape=False,  # noqa: S701 (YAML; values go through tojson)
+        )
+        self._used: dict[Hashable, Any] = {}
+        self._before: dict[Hashable, Any] = {}
+
+    def snapshots(self, mesh: MeshState, intent: Intent, *, tap: bool = False) -> dict[str, xds.Snapshot]:
+        """What each instance's sidecar should have, by instance id; secrets are not in it.
+
+        Raises:
+            jinja2.TemplateError, yaml.YAMLError, json_format.ParseError: a template is broken.
+        """
+        # Two generations: what this round uses is kept for the next, the rest is forgotten.
+        self._before, self._used = self._used, {}
+        try:
+            return self._snapshots(mesh, intent, tap)
+        except BaseException:
+            self._used = {**self._before, **self._used}
+            raise
+
+    def _snapshots(self, mesh: MeshState, intent: Intent, tap: bool) -> dict[str, xds.Snapshot]:
+        versions = _by_version(mesh, {ejection.instance for ejection in intent.ejections})
+        traffic = {name: intent.traffic.get(name, Traffic()) for name in mesh.app.services}
+        shared = _Shared(
+            runtime=self._bundle(xds.RUNTIME, [self._made("runtime", Runtime, tap=tap)]),
+            clusters=self._clusters(mesh, versions, traffic),
+            endpoints=self._endpoints(versions),
+            outbound=self._outbound(mesh, versions, traffic),
+        )
+        services = {
+            name: self._service(mesh, intent, name, service) for name, service in mesh.app.services.items()
+        }
+        return {
+            instance.id: self._snapshot(shared, services[instance.service], instance)
+            for instance in mesh.instances
+        }
+
+    def _snapshot(self, shared: _Shared, of: _ServiceParts, instance: Instance) -> xds.Snapshot:
+        inbound = self._inbound(of, instance)
+        app = self._endpoints_of("app", ((instance.app_host, instance.app_port),))
+        ports = (instance.host, instance.inbound_port, instance.outbound_port, instance.metrics_port)
+        listeners = self._once(("listeners", ports, of.listeners), lambda: _listeners(of.listeners, instance))
+        return self._once(
+            ("snapshot", instance.id, shared, of.app, inbound, app, listeners),
+            lambda: {
+                xds.RUNTIME: (shared.runtime,),
+                xds.CLUSTERS: (shared.clusters, of.app),
+                xds.ENDPOINTS: (shared.endpoints, self._bundle(xds.ENDPOINTS, [app])),
+                xds.LISTENERS: (listeners,),
+                xds.ROUTES: (shared.outbound, inbound),
+            },
+        )
+
+    # -- what all sidecars share --------------------------------------------------------------------------
+
+    def _clusters(self, mesh: MeshState, versions: _Versions, traffic: Mapping[str, Traffic]) -> xds.Bundle:
+        return self._bundle(
+            xds.CLUSTERS,
+            [
+                self._made(
+                    "cluster",
+                    Cluster,
+                    service=name,
+                    version=version,
+                    protocol=mesh.app.services[name].protocol,
+                    identity=spiffe_id(mesh.mesh, mesh.namespace, name),
+                    traffic=_limits(traffic[name]),
+                )
+                for name, of in versions.items()
+                for version in of
+            ],
+        )
+
+    def _endpoints(self, versions: _Versions) -> xds.Bundle:
+        return self._bundle(
+            xds.ENDPOINTS,
+            [
+                self._endpoints_of(f"{name}/{version}", tuple((i.host, i.inbound_port) for i in serving))
+                for name, of in versions.items()
+                for version, serving in of.items()
+            ],
+        )
+
+    def _outbound(self, mesh: MeshState, versions: _Versions, traffic: Mapping[str, Traffic]) -> xds.Bundle:
+        frame = self._made("routes_outbound", RouteConfiguration)
+        hosts = []
+        for name, service in mesh.app.services.items():
+            ready = {version: len(serving) for version, serving in versions[name].items()}
+            hosts.append(
+                self._made(
+                    "virtual_host",
+                    VirtualHost,
+                    service=name,
+                    protocol=service.protocol,
+                    domains=_domains(name, mesh.namespace),
+                    routes=declared_routes(service),
+                    split=effective_split(service, traffic[name], ready),
+                    traffic=_routing(traffic[name]),
+                )
+            )
+        routes = self._once(
+            ("outbound", frame, *hosts),
+            lambda: _Made(_with_hosts(frame.message, [host.message for host in hosts])),
+        )
+        return self._bundle(xds.ROUTES, [routes])
+
+    # -- what the instances of one service share ----------------------------------------------------------
+
+    def _service(self, mesh: MeshState, intent: Intent, name: str, service: Service) -> _ServiceParts:
+        rules = access_rules(
+            [spiffe_id(mesh.mesh, mesh.namespace, caller) for caller in callers(intent, mesh, name)]
+        )
+        return _ServiceParts(
+            service=service,
+            rules=rules,
+            faults=tuple(fault for fault in intent.faults if fault.at == "mesh" and fault.service == name),
+            identity=lambda caller: spiffe_id(mesh.mesh, mesh.namespace, caller),
+            app=self._bundle(xds.CLUSTERS, [self._made("app", Cluster, protocol=service.protocol)]),
+            listeners=(
+                self._made(
+                    "listener_inbound",
+                    Listener,
+                    protocol=service.protocol,
+                    trust_domain=trust_domain(mesh.mesh),
+                    access=rules if service.protocol == "tcp" else None,
+                ),
+                self._made("listener_outbound", Listener),
+                self._made("listener_plain", Listener, open_paths=open_paths(service)),
+            ),
+            inbound={},
+        )
+
+    def _inbound(self, of: _ServiceParts, instance: Instance) -> xds.Bundle:
+        faults = tuple(
+            fault
+            for fault in of.faults
+            if fault.version in (None, instance.version) and fault.instance in (None, instance.id)
+        )
+        bundle = of.inbound.get(faults)
+        if bundle is None:
+            routes = self._made(
+                "routes_inbound",
+                RouteConfiguration,
+                protocol=of.service.protocol,
+                access=of.rules,
+                routes=inbound_routes(of.service, faults, of.identity),
+            )
+            bundle = of.inbound[faults] = self._bundle(xds.ROUTES, [routes])
+        return bundle
+
+    # -- making and remembering ---------------------------------------------------------------------------
+
+    def _once(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """The value for this key, made if it is not remembered."""
+        found = self._used.get(key)
+        if found is None:
+            found = self._before.get(key)
+            if found is None:
+                found = make()
+            self._used[key] = found
+        return cast(_T, found)
+
+    def _made(self, template: str, kind: type[_M], **values: Any) -> _Made[_M]:
+        """A template rendered and parsed, once for these values."""
+        return self._once(
+            (template, _frozen(values)),
+            lambda: _Made(
+                parse(self._environment.get_template(f"{template}.yaml.j2").render(values), kind())
+            ),
+        )
+
+    def _endpoints_of(
+        self, name: str, addresses: tuple[tuple[str, int], ...]
+    ) -> _Made[ClusterLoadAssignment]:
+        return self._once(("endpoints", name, addresses), lambda: _Made(_assignment(name, addresses)))
+
+    def _bundle(self, type_url: str, made: Sequence[_Made[Any]]) -> xds.Bundle:
+        """These messages as one bundle: the same object for as long as they are the same."""
+        return self._once(
+            ("bundle", *made),
+            lambda: xds.Bundle({one.name: xds.encode(type_url, one.message) for one in made}),
+        )
+
+
+class _Made(Generic[_M]):
+    """A parsed message. Compared by identity, which is cheap: equal input gives the same object."""
+
+    __slots__ = ("message",)
+
+    def __init__(self, message: _M) -> None:
+        self.message = message
+
+    @property
+    def name(self) -> str:
+        """The name that xDS knows it by."""
+        assigned = isinstance(self.message, ClusterLoadAssignment)
+        return str(self.message.cluster_name if assigned else self.message.name)
+
+
+_Versions = Mapping[str, Mapping[str, Sequence[Instance]]]
+"""Service -> version -> the instances that take traffic."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What all sidecars have."""
+
+    runtime: xds.Bundle
+    clusters: xds.Bundle
+    endpoints: xds.Bundle
+    outbound: xds.Bundle
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ServiceParts:
+    """What the instances of a service have in common; `inbound`: their routes, by the faults that apply."""
+
+    service: Service
+    rules: Mapping[str, Any]
+    faults: tuple[Fault, ...]
+    identity: Callable[[str], str]
+    app: xds.Bundle
+    listeners: tuple[_Made[Listener], _Made[Listener], _Made[Listener]]
+    inbound: dict[tuple[Fault, ...], xds.Bundle]
+
+
+# -- pieces -----------------------------------------------------------------------------------------------
+
+
+def parse(text: str, message: _M) -> _M:
+    """YAML as this message; fields that it does not have are refused.
+
+    Raises:
+        yaml.YAMLError, json_format.ParseError
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    json_format.ParseDict(yaml.load(text, Loader=loader), message)  # noqa: S506 (both are safe loaders)
+    return message
+
+
+def access_rules(allowed: Sequence[str]) -> dict[str, Any]:
+    """RBAC rules (config.rbac.v3.RBAC) that let these SPIFFE identities in and nobody else."""
+    if not allowed:
+        return {"action": "ALLOW"}
+    principals = [{"authenticated": {"principal_name": {"exact": identity}}} for identity in allowed]
+    return {
+        "action": "ALLOW",
+        "policies": {"callers": {"permissions": [{"any": True}], "principals": principals}},
+    }
+
+
+def open_paths(service: Service) -> dict[str, list[str]]:
+    """Exact path -> methods that need no certificate: probes, metrics, and what the app file declares."""
+    paths = {path: ["GET"] for path in (service.healthz, service.metrics) if path}
+    for path, methods in service.open_paths.items():
+        paths[path] = list(dict.fromkeys([*paths.get(path, []), *methods]))
+    return paths
+
+
+def _by_version(mesh: MeshState, ejected: set[str]) -> _Versions:
+    versions: dict[str, dict[str, list[Instance]]] = {
+        name: {version: [] for version in service.versions} for name, service in mesh.app.services.items()
+    }
+    for instance in mesh.instances:
+        serving = versions[instance.service].setdefault(instance.version, [])
+        if instance.ready and instance.id not in ejected:
+            serving.append(instance)
+    return versions
+
+
+def _limits(traffic: Traffic) -> Traffic:
+    """The part of the traffic rules that stands in clusters."""
+    return Traffic(
+        max_connections=traffic.max_connections,
+        max_pending=traffic.max_pending,
+        max_requests=traffic.max_requests,
+        outlier=traffic.outlier,
+    )
+
+
+def _routing(traffic: Traffic) -> Traffic:
+    """The part of the traffic rules that stands in routes, besides the split."""
+    mirror = {version: share for version, share in traffic.mirror.items() if share}
+    return Traffic(timeout_ms=traffic.timeout_ms, retries=traffic.retries, mirror=mirror)
+
+
+def _domains(service: str, namespace: str) -> list[str]:
+    return [
+        service,
+        f"{service}.{namespace}",
+        f"{service}.{namespace}.svc",
+        f"{service}.{namespace}.svc.cluster.local",
+    ]
+
+
+def _with_hosts(frame: RouteConfiguration, hosts: Sequence[VirtualHost]) -> RouteConfiguration:
+    routes = RouteConfiguration()
+    routes.CopyFrom(frame)
+    routes.virtual_hosts.extend(hosts)
+    return routes
+
+
+def _assignment(name: str, addresses: Iterable[tuple[str, int]]) -> ClusterLoadAssignment:
+    assignment = ClusterLoadAssignment(cluster_name=name)
+    locality = assignment.endpoints.add()
+    for host, port in addresses:
+        address = locality.lb_endpoints.add().endpoint.address.socket_address
+        address.address, address.port_value = host, port
+    return assignment
+
+
+def _listeners(
+    shared: tuple[_Made[Listener], _Made[Listener], _Made[Listener]], instance: Instance
+) -> xds.Bundle:
+    inbound, outbound, plain = (one.message for one in shared)
+    encoded = {}
+    for message, host, port in (
+        (inbound, instance.host, instance.inbound_port),
+        (outbound, "127.0.0.1", instance.outbound_port),
+        (plain, instance.host, instance.metrics_port),
+    ):
+        listener = Listener()
+        listener.CopyFrom(message)
+        listener.address.socket_address.address = host
+        listener.address.socket_address.port_value = port
+        encoded[listener.name] = xds.encode(xds.LISTENERS, listener)
+    return xds.Bundle(encoded)
+
+
+def _frozen(value: Any) -> Hashable:
+    """A value as something that can be a key."""
+    if isinstance(value, Mapping):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, BaseModel):
+        return tuple((key, _frozen(item)) for key, item in value)
+    return cast(Hashable, value)
