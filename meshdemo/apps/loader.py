@@ -1,4 +1,4 @@
-"""From what a user names (a built-in app, or a file) to an App, or to every problem with its line and column."""
+"""From what a user names (a built-in app, or a file) to an App, or to every problem and where it stands."""
 
 from __future__ import annotations
 

@@ -1,0 +1,132 @@
+"""`meshdemo up`: bring the mesh up, or finish and change a running one."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meshdemo.cli import _context
+from meshdemo.errors import BadInput, MeshdemoError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meshdemo.apps.model import App
+    from meshdemo.runtime.base import Runtime
+
+
+def command(
+    ctx: typer.Context,
+    runtime: Annotated[
+        str, typer.Option("--runtime", metavar="R", help="Where: auto, local, kind or kubernetes.")
+    ] = "auto",
+    app: Annotated[
+        str | None,
+        typer.Option("--app", metavar="APP", help="What: pair, emojivoto or a YAML file (default: pair)."),
+    ] = None,
+    rps: Annotated[
+        float | None, typer.Option("--rps", metavar="N", help="Requests per second that the app makes.")
+    ] = None,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option("--replicas", metavar="SERVICE=N", help="Instances of a service; may be repeated."),
+    ] = None,
+    version: Annotated[
+        list[str] | None,
+        typer.Option("--version", metavar="SERVICE=V", help="Start a further version; may be repeated."),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option("--context", metavar="CTX", help="kubeconfig context (kubernetes).")
+    ] = None,
+    kind_image: Annotated[
+        str | None, typer.Option("--kind-image", metavar="IMAGE", help="Node image (kind).")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="Give up after so long.")
+    ] = 300.0,
+) -> None:
+    """Bring the mesh up, or finish and change a running one.
+
+    Returns when every instance is ready and a request has gone through the mesh and come back with 200.
+    """
+    from meshdemo.runtime.base import UpOptions
+    from meshdemo.runtime.select import choose
+    from meshdemo.runtime.steps import run_steps
+
+    frame = _context.of(ctx)
+    started = time.monotonic()
+    counts = {name: _whole(text, name) for name, text in _pairs(replicas, "--replicas", "SERVICE=N")}
+    versions: dict[str, list[str]] = {}
+    for name, text in _pairs(version, "--version", "SERVICE=VERSION"):
+        versions.setdefault(name, []).append(text)
+    if not timeout > 0:
+        raise BadInput(f"--timeout {timeout:g}: a time-out is more than zero (seconds)")
+
+    where, why = choose(runtime, frame.name)
+    definition, folder = _app(app, where)
+    options = UpOptions(
+        name=frame.name, app=definition, rps=rps, replicas=counts, versions=versions, timeout_s=timeout,
+        extra={"cwd": str(folder), "context": context, "kind_image": kind_image},
+    )  # fmt: skip
+    steps = where.steps(options)
+    if steps and frame.chatty:
+        frame.stderr.print(f"Mesh '{frame.name}' on the {where.kind} runtime ({why}), app {definition.name}")
+    with _stoppable():
+        run_steps(steps, frame.stderr if frame.chatty else None)
+
+    if frame.as_json:
+        from meshdemo.cli.status import status
+
+        frame.emit(status(where))
+    elif not steps:
+        frame.say(f"Mesh '{frame.name}' is up already, as asked for; nothing to change.")
+    else:
+        frame.say(f"Mesh '{frame.name}' is up after {time.monotonic() - started:.1f} s.")
+
+
+def _app(reference: str | None, where: Runtime) -> tuple[App, Path]:
+    """The app asked for; without one that which runs already, else the pair."""
+    from pathlib import Path
+
+    from meshdemo.apps import loader
+
+    if reference is None:
+        with suppress(MeshdemoError):
+            return where.app(), Path.cwd()
+        reference = "pair"
+    return loader.load(reference), loader.folder(reference)
+
+
+def _pairs(values: list[str] | None, option: str, form: str) -> Iterator[tuple[str, str]]:
+    for value in values or ():
+        name, equals, rest = value.partition("=")
+        if not (name and equals and rest):
+            raise BadInput(f"{option} {value!r}: write it as {form}")
+        yield name, rest
+
+
+def _whole(text: str, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise BadInput(f"--replicas {name}={text}: the number of instances is a whole number") from None
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """A SIGTERM or SIGHUP in the block ends it like Ctrl-C: what was started is undone."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,95 @@
+"""Files that survive a crash at any moment: atomic writes, and locks that the kernel releases."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from meshdemo.errors import Failed
+
+_POLL_S = 0.05
+
+
+def write_atomic(path: Path, content: str) -> None:
+    """Replace a file as a whole: a reader sees the old content or the new, also if we die in between.
+
+    The file is readable by its owner alone. Raises OSError (the old content is then untouched).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Lock:
+    """A lock on a file, released by the kernel when its holder dies. The file names the holder."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+
+    @staticmethod
+    def take(path: Path, holder: str, *, wait_s: float = 0) -> Lock:
+        """Take the lock, waiting up to `wait_s` for it.
+
+        Raises Failed naming the holder if somebody else has it, or if the file cannot be made.
+        """
+        give_up = time.monotonic() + wait_s
+        while (fd := _try(path)) is None:
+            if time.monotonic() >= give_up:
+                raise Failed(f"{_read(path)} is at work on it", "wait until it is done, then run this again")
+            time.sleep(_POLL_S)
+        with suppress(OSError):  # on a full disk the lock holds all the same, it only has no name on it
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{holder} (process {os.getpid()})".encode(), 0)
+        return Lock(path, fd)
+
+    def release(self, *, remove: bool = False) -> None:
+        """Give the lock back; `remove` takes the file away too."""
+        if remove:
+            self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+def _try(path: Path) -> int | None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Failed(
+            f"cannot write {path}: {error.strerror}", "set MESHDEMO_HOME to a folder that you can write to"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder before may have removed the file: then this lock is on a file that nobody else sees.
+        if os.fstat(fd).st_ino == path.stat().st_ino:
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip() or "another meshdemo"
+    except OSError:
+        return "another meshdemo"
+
+
+@contextmanager
+def locked(path: Path, holder: str) -> Iterator[None]:
+    """Hold a lock for a block; see `Lock.take`."""
+    lock = Lock.take(path, holder)
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
