@@ -79,7 +79,8 @@ def envoy_arguments(envoy: Path, bootstrap: Path, concurrency: int = 1) -> list[
     """
     return [
         str(envoy), "--config-path", str(bootstrap), "--concurrency", str(concurrency),
-        "--disable-hot-restart", "--log-level", "warning", "--drain-time-s", "5",
+        "--disable-hot-restart", "--log-level", "warning", "--component-log-level", "misc:error",
+        "--drain-time-s", "5",
     ]  # fmt: skip
 
 
@@ -111,14 +112,24 @@ def find_envoy() -> Path:
 def is_ready(admin: Path, timeout_s: float = 1.0) -> bool:
     """Is the sidecar configured and serving? Asks its admin socket; False too if nothing answers.
 
-    The sidecar waits for its whole configuration before it says so, listeners included.
+    Envoy says that it is ready when it has an answer to all that it asked for, a rejected one included; so
+    the listeners are looked at, too.
     """
-    connection = _UnixConnection(admin, timeout_s)
     try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status == http.HTTPStatus.OK
+        listeners = _ask(admin, "/listeners", timeout_s) if _ask(admin, "/ready", timeout_s) else ""
     except (OSError, http.client.HTTPException):
         return False
+    return {line.partition("::")[0] for line in listeners.splitlines()} >= {"inbound", "outbound"}
+
+
+def _ask(admin: Path, path: str, timeout_s: float) -> str:
+    """What the admin endpoint answers; empty if that is not 200."""
+    connection = _UnixConnection(admin, timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read().decode(errors="replace")
+        return body if response.status == http.HTTPStatus.OK else ""
     finally:
         connection.close()
 
