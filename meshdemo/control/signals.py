@@ -98,7 +98,7 @@ class Cell:
     failures: int = 0  # 5xx, gRPC error status, reset or timeout
     denied: int = 0  # refused by access rules; not a failure
     refused: int = 0  # refused by a circuit breaker; in outbound cells also counted as a failure
-    secured: int = 0  # over mutual TLS, as the sidecar saw the peer's certificate
+    secured: int = 0  # of requests and denied: over mutual TLS, the peer's certificate seen
     identity: str = ""  # the peer's SPIFFE id
     codes: Mapping[str, int] = field(default_factory=dict)  # response code -> count
     version: str = ""  # outbound: the version of `peer` that the (last) try went to

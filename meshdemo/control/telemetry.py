@@ -115,6 +115,7 @@ class _Sum:
         """Take in n requests."""
         if kind.identity:
             self.identity = kind.identity
+            self.secured += n
         if kind.denied:
             self.denied += n
             return
@@ -122,7 +123,6 @@ class _Sum:
         self.codes[kind.code] = self.codes.get(kind.code, 0) + n
         self.failures += n * kind.failed
         self.refused += n * kind.refused
-        self.secured += n * bool(kind.identity)
 
     def spread(self, kind: _Kind, point: metrics_pb2.HistogramDataPoint) -> None:
         """Take in how long requests took."""
@@ -260,6 +260,7 @@ _RECENT_S = 15.0  # as objects
 _RECENT_MAX = 40_000
 _PACKED_MAX_BYTES = 48 << 20
 _SET_CLOCK_S = 3.0  # an export that seems so late was stamped by a clock that has been set
+_LONGEST_S = 120.0  # no sidecar reports less often
 _GATHER_S = 0.02  # who waits for samples gets those of so long at once
 
 
@@ -315,7 +316,8 @@ class Store:
         if known is not None and offset - known.offset < _SET_CLOCK_S:
             offset = min(offset, known.offset + 1e-4)  # lets go of a drifting clock by 0.1 ms an export
         start = export.start
-        if not start < export.stamp:  # nothing but gauges: it covers the time since the export before
+        if not 0 < export.stamp - start <= _LONGEST_S:
+            # Nothing but gauges, which say no start: it covers the time since the export before.
             start = known.stamp if known is not None and known.stamp < export.stamp else export.stamp - 1.0
         overdue = max(0, export.in_flight - export.arrived)
         if known is not None:
@@ -362,6 +364,16 @@ class Store:
             self._packed_bytes -= len(self._packed.popleft().content)
 
     # -- reading
+
+    @property
+    def packed_bytes(self) -> int:
+        """What the older samples take up."""
+        return self._packed_bytes
+
+    @property
+    def objects(self) -> int:
+        """Samples that are not packed."""
+        return len(self._recent)
 
     def window(self, seconds: float) -> list[Sample]:
         """Samples received in the last `seconds`, oldest first; some more, so that a window of so many
