@@ -74,9 +74,10 @@ class _Sum:
         _add(self.failed_latency, cell.failed_latency.counts)
 
     def add_effective(self, cell: Cell) -> None:
-        """Add an outbound cell: what a caller got in the end."""
+        """Add an outbound cell: what a caller got in the end. A breaker refuses there, before the service."""
         self.effective_requests += cell.requests
         self.effective_failures += cell.failures
+        self.refused += cell.refused
 
 
 Key = tuple[str, str | None, str | None, str | None, str | None]  # service, version, instance, route, caller
