@@ -23,13 +23,13 @@ class Answer:
 async def ask(
     where: int | Path, path: str, *, method: str = "GET", body: Any = None, timeout_s: float = _TIMEOUT_S
 ) -> Answer:
-    """Ask the server at a port of loopback, or at a Unix socket. Never raises.
-
-    HTTP/1.0, so that the end of the answer is the end of the connection.
-    """
+    """Ask the server at a port of loopback, or at a Unix socket. Never raises."""
     content = b"" if body is None else json.dumps(body).encode()
-    head = f"{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
-    request = f"{head}Content-Type: application/json\r\n\r\n".encode() + content
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    request = head.encode() + content
     try:
         async with asyncio.timeout(timeout_s):
             if isinstance(where, Path):
@@ -43,10 +43,22 @@ async def ask(
                     raw += chunk
             finally:
                 writer.close()
-        first, _, rest = bytes(raw).partition(b"\r\n")
-        return Answer(int(first.split()[1]), rest.partition(b"\r\n\r\n")[2])
+        headers, _, rest = bytes(raw).partition(b"\r\n\r\n")
+        chunked = b"\r\ntransfer-encoding: chunked" in headers.lower()
+        return Answer(int(headers.split(maxsplit=2)[1]), _joined(rest) if chunked else rest)
     except (OSError, ValueError, IndexError):  # TimeoutError is an OSError
         return Answer(0)
+
+
+def _joined(chunked: bytes) -> bytes:
+    """The content of a chunked body (RFC 9112, 7.1). Raises ValueError if it is none."""
+    content = bytearray()
+    while chunked:
+        size, _, rest = chunked.partition(b"\r\n")
+        length = int(size.partition(b";")[0], 16)
+        content += rest[:length]
+        chunked = rest[length + 2 :] if length else b""
+    return bytes(content)
 
 
 async def answers(where: int | Path, path: str) -> bool:
