@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from pydantic import ValidationError
 
-from meshdemo.control import metrics, telemetry
+from meshdemo.control import metrics, page, telemetry
 from meshdemo.control.api import Control, create_app
 from meshdemo.control.files import write_atomically
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import MeshState
 from meshdemo.control.plane import ControlPlane
+from meshdemo.control.session import Sessions
 from meshdemo.control.tap import Tap
 from meshdemo.errors import Failed, MeshdemoError, Missing
 
@@ -160,10 +161,16 @@ def _serve_http(place: Place, control: Control) -> None:
     if place.open_listen is not None:
         open_port = int(place.open_listen.rsplit(":", 1)[1])
         listen.append(place.open_listen)
+    token = api_token(place.control / "api-token")
+    sessions = Sessions(token, control.mesh.mesh)
+    broadcast = page.Broadcast(control)
+    broadcast.start()
     app: Flask = create_app(
         control,
-        token=api_token(place.control / "api-token"),
+        token=token,
         allowed_hosts=place.allowed_hosts,
+        blueprints=[page.blueprint(broadcast, sessions)],
+        authorize=[sessions.authorize],
         open_port=open_port,
     )
     try:

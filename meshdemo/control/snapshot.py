@@ -1,0 +1,185 @@
+"""What the page shows at one moment, from what the control plane knows. Pure: values in, JSON out.
+
+Names of the keys are read by `ui/web/main.js`. Figures are rounded to what can be seen, since the whole of it
+goes to each viewer every time; a success rate is rounded down, so that a failure never disappears.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from meshdemo.apps.model import Service
+from meshdemo.control import aggregate
+from meshdemo.control.model import Fault, Intent, MeshState
+from meshdemo.control.render import effective_split
+from meshdemo.control.signals import Sample, Signal
+
+WINDOW_S = 3.0
+
+# What is kept of a service each second, in the order in which `point` gives it.
+POINT = ("time", "rps", "success_rate", "effective_success_rate", "p50_ms", "p95_ms", "p99_ms", "refused")
+
+
+def snapshot(
+    mesh: MeshState,
+    intent: Intent,
+    samples: Sequence[Sample],
+    *,
+    silent: Callable[[str], bool],
+    now: float,
+    services: Sequence[Signal] | None = None,
+) -> dict[str, Any]:
+    """The mesh at `now`.
+
+    Args:
+        samples: those of the last seconds, oldest first.
+        silent: does the sidecar of this instance report nothing?
+        services: the signals by service, if they are known already (`by_service`).
+    """
+    ejected = {ejection.instance for ejection in intent.ejections}
+    scopes = [
+        aggregate.Scope(i.id, i.service, i.version, silent(i.id), i.id in ejected) for i in mesh.instances
+    ]
+    if services is None:
+        services = by_service(samples, scopes, now)
+    of_service = {signal.service: signal for signal in services}
+    of_instance = {
+        signal.instance: signal
+        for signal in aggregate.signals(samples, by="instance", now=now, window_s=WINDOW_S, scopes=scopes)
+    }
+    instances: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    ready: dict[str, dict[str, int]] = {}
+    for instance in mesh.instances:
+        signal = of_instance[instance.id]
+        row = {**_figures(signal), "id": instance.id, "ready": instance.ready}
+        if instance.revision != 1:
+            row["revision"] = instance.revision
+        instances.setdefault((instance.service, instance.version), []).append(row)
+        counts = ready.setdefault(instance.service, {})
+        counts[instance.version] = counts.get(instance.version, 0) + instance.ready
+    return {
+        "time": round(now, 3),
+        "mesh": mesh.mesh,
+        "app": mesh.app.name,
+        "revision": intent.revision,
+        "front": mesh.app.front,
+        "load": [name for name, service in mesh.app.services.items() if service.load],
+        "window_s": WINDOW_S,
+        "services": [
+            {
+                "name": name,
+                "protocol": service.protocol,
+                **(_figures(of_service[name]) if name in of_service else {}),
+                "versions": _versions(name, service, intent, instances, ready.get(name, {})),
+            }
+            for name, service in mesh.app.services.items()
+        ],
+        "edges": _edges(mesh, samples, now),
+        "routes": [
+            {**_figures(signal), "service": signal.service, "route": signal.route or ""}
+            for signal in aggregate.signals(samples, by="route", now=now, window_s=WINDOW_S)
+        ],
+        "faults": [_fault(fault) for fault in intent.faults],
+    }
+
+
+def by_service(samples: Sequence[Sample], scopes: Collection[aggregate.Scope], now: float) -> list[Signal]:
+    """The signals of all services over the page's window."""
+    return aggregate.signals(samples, by="service", now=now, window_s=WINDOW_S, scopes=scopes)
+
+
+def point(signal: Signal, now: float) -> tuple[float | None, ...]:
+    """What the history keeps of a service; see `POINT`."""
+    figures = _figures(signal)
+    return (round(now, 2), *(figures.get(name) for name in POINT[1:]))
+
+
+def _versions(
+    name: str,
+    service: Service,
+    intent: Intent,
+    instances: Mapping[tuple[str, str], list[dict[str, Any]]],
+    ready: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """Those that run, and those that `up` would have started; each with its share of the traffic in %."""
+    there = [version for of, version in instances if of == name]
+    known = dict.fromkeys(
+        [*(v for v, workload in service.versions.items() if workload.initial or v in there), *there]
+    )
+    rules = intent.traffic.get(name)
+    split = effective_split(service, rules, ready) if rules is not None else {}
+    total = sum(split.values())
+    return [
+        {
+            "version": version,
+            "weight": round(100 * split.get(version, 0) / total) if total and len(known) > 1 else None,
+            "instances": instances.get((name, version), []),
+        }
+        for version in known
+    ]
+
+
+def _edges(mesh: MeshState, samples: Sequence[Sample], now: float) -> list[dict[str, Any]]:
+    """Who called whom, and who might: a pair that the app file names stands here without requests too."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {
+        (caller, callee): {"caller": caller, "service": callee, "requests": 0, "rps": 0.0}
+        for caller, service in mesh.app.services.items()
+        for callee in service.calls
+    }
+    for edge in aggregate.edges(samples, now=now, window_s=WINDOW_S):
+        rows[edge["caller"], edge["service"]] = {
+            "caller": edge["caller"],
+            "service": edge["service"],
+            "secured": edge["secured"],
+            "identity": edge["identity"],
+            "rps": _rate(edge["rps"]),
+            "success_rate": _share(edge["success_rate"]),
+            "p50_ms": _ms(edge["p50_ms"]),
+            "p99_ms": _ms(edge["p99_ms"]),
+            "requests": edge["requests"],
+            "denied": edge["denied"],
+        }
+    return list(rows.values())
+
+
+def _figures(signal: Signal) -> dict[str, Any]:
+    """A signal's figures; those that are nought and seldom otherwise are left out."""
+    row: dict[str, Any] = {
+        "requests": signal.requests,
+        "rps": _rate(signal.rps),
+        "success_rate": _share(signal.success_rate),
+        "p50_ms": _ms(signal.latency.quantile_ms(0.5)),
+        "p95_ms": _ms(signal.latency.quantile_ms(0.95)),
+        "p99_ms": _ms(signal.latency.quantile_ms(0.99)),
+    }
+    if signal.instance is None:
+        row["effective_success_rate"] = _share(signal.effective_success_rate)
+    seconds = signal.end - signal.start
+    for name in ("denied", "refused"):
+        if (count := getattr(signal, name)) and seconds > 0:
+            row[name] = _rate(count / seconds)
+    for name in ("overdue", "silent", "ejected"):
+        if value := getattr(signal, name):
+            row[name] = value
+    return row
+
+
+def _fault(fault: Fault) -> dict[str, Any]:
+    return fault.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {
+        "at": fault.at,
+        "kind": fault.kind,
+    }
+
+
+def _rate(value: float) -> float:
+    return round(value, 2)
+
+
+def _share(value: float | None) -> float | None:
+    return None if value is None else math.floor(value * 1e5) / 1e5
+
+
+def _ms(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
