@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar, cast
 
@@ -158,10 +158,26 @@ class Control:
         """Change the intent; returns when it is in force."""
         return self.run(self.plane.change(change))
 
+    def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Write an event to the journal; as `Journal.append`."""
+        kept = self.journal.append(event)
+        self.totals.event(kept)
+        return kept
+
     def add_fault(self, asked: dict[str, Any]) -> tuple[Fault, Effect]:
         """Put a fault in force, or record one that was made elsewhere."""
         fault = intents.new_fault(asked, self.mesh, self.clock())
-        return fault, self.change(lambda intent, _: intents.add_fault(intent, fault))
+        effect = self.change(lambda intent, _: intents.add_fault(intent, fault))
+        self.record(
+            {
+                **fault.model_dump(mode="json", exclude={"id"}, exclude_none=True),
+                "event": "fault",
+                "fault": fault.id,
+                "effective_ms": effect.effective_ms,
+                "sidecars": effect.sidecars,
+            }
+        )
+        return fault, effect
 
     def clear_faults(self, chosen: Callable[[Fault], bool]) -> tuple[list[Fault], Effect]:
         """End the faults that are chosen; those of the app or the process are only no longer recorded."""
@@ -174,6 +190,7 @@ class Control:
             return intent
 
         effect = self.change(clear)
+        self._record_cleared(gone)
         return gone, effect
 
     def clear_fault(self, fault_id: str) -> tuple[Fault, Effect]:
@@ -190,7 +207,20 @@ class Control:
             return after
 
         effect = self.change(clear)
+        self._record_cleared(gone)
         return gone[0], effect
+
+    def _record_cleared(self, gone: Sequence[Fault]) -> None:
+        for fault in gone:
+            self.record(
+                {
+                    "event": "fault_cleared",
+                    "fault": fault.id,
+                    "at": fault.at,
+                    "service": fault.service,
+                    "started_at": fault.started_at,
+                }
+            )
 
     def refresh(self) -> Effect:
         """Read the instances anew."""
@@ -495,6 +525,7 @@ def set_traffic(service: str) -> Response:
     now = mesh.clock()
     effect = mesh.change(lambda intent, state: intents.set_traffic(intent, state, service, changes, now))
     rules = mesh.intent.traffic.get(service, Traffic())
+    mesh.record({"event": "traffic", "service": service, "changes": changes})
     return jsonify({"traffic": rules.model_dump(mode="json"), **_effect(effect)})
 
 
@@ -507,9 +538,11 @@ def access() -> Response:
 @api.put("/v1/access")
 def set_access() -> Response:
     asked = _body(_AccessBody)
-    effect = control().change(
-        lambda intent, mesh: intents.set_access(intent, mesh, asked.caller, asked.service, asked.allowed)
+    mesh = control()
+    effect = mesh.change(
+        lambda intent, state: intents.set_access(intent, state, asked.caller, asked.service, asked.allowed)
     )
+    mesh.record({"event": "access", **asked.model_dump()})
     return jsonify(_effect(effect))
 
 
@@ -522,13 +555,16 @@ def eject() -> Response:
             intent, state, asked.instance, reason=asked.reason, by=asked.by, now=now
         )
     )
+    mesh.record({"event": "ejected", **asked.model_dump()})
     return jsonify(_effect(effect))
 
 
 @api.post("/v1/readmit")
 def readmit() -> Response:
-    asked = _body(_ReadmitBody)
-    return jsonify(_effect(control().change(lambda intent, _: intents.readmit(intent, asked.instance))))
+    mesh, asked = control(), _body(_ReadmitBody)
+    effect = mesh.change(lambda intent, _: intents.readmit(intent, asked.instance))
+    mesh.record({"event": "readmitted", **asked.model_dump()})
+    return jsonify(_effect(effect))
 
 
 @api.get("/v1/signals")
@@ -587,10 +623,7 @@ def _tapped(session: Session) -> Iterator[str]:
 
 @api.post("/v1/events")
 def post_event() -> Response:
-    mesh = control()
-    event = mesh.journal.append(_object())
-    mesh.totals.event(event)
-    return jsonify({"seq": event["seq"]})
+    return jsonify({"seq": control().record(_object())["seq"]})
 
 
 @api.get("/v1/events")

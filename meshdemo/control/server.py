@@ -28,7 +28,7 @@ from meshdemo.control.api import Control, create_app
 from meshdemo.control.files import write_atomically
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import MeshState
-from meshdemo.control.plane import ControlPlane
+from meshdemo.control.plane import SERVER_OPTIONS, ControlPlane
 from meshdemo.control.session import Sessions
 from meshdemo.control.tap import Tap
 from meshdemo.errors import Failed, MeshdemoError, Missing
@@ -114,15 +114,7 @@ async def serve(place: Place) -> None:
     store.track([instance.id for instance in mesh.instances])
     plane = ControlPlane(place.control, mesh, journal=record)
     tap = Tap(plane.set_tap, plane.authenticate)
-    server = grpc.aio.server(
-        options=(
-            # Two control planes on one port would share its connections; the second must fail.
-            ("grpc.so_reuseport", 0),
-            # Sidecars ping every 30 s, also when there is nothing to say.
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-        )
-    )
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
         (*plane.handlers(), telemetry.handler(store, plane.authenticate, totals.sample), tap.handler())
     )
