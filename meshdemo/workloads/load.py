@@ -274,7 +274,7 @@ class _Connection:
     the sidecar's decision.
     """
 
-    __slots__ = ("_load", "_parser", "_sock", "_status", "_tried", "_watcher", "begun", "due")
+    __slots__ = ("_load", "_parser", "_reusable", "_sock", "_status", "_tried", "_watcher", "begun", "due")
 
     def __init__(self, load: Load) -> None:
         self.due = 0.0  # of the current request
@@ -283,6 +283,7 @@ class _Connection:
         self._sock: socket.socket | None = None
         self._watcher: object = None
         self._status = 0  # of a complete answer
+        self._reusable = False
         self._tried = 0
         self._parser = httptools.HttpResponseParser(self)
 
@@ -312,6 +313,7 @@ class _Connection:
         status = self._parser.get_status_code()
         if status >= 200:  # 1xx only announce the answer
             self._status = status
+            self._reusable = self._parser.should_keep_alive()  # forgotten once this returns
 
     def _connect(self) -> None:
         """Connect to the first address that takes the connection."""
@@ -377,10 +379,9 @@ class _Connection:
             return
         if self._status:
             status, self._status = self._status, 0
-            reusable = self._parser.should_keep_alive()
-            if not reusable:
+            if not self._reusable:
                 self.close()
-            self._load.finished(self, str(status), reusable=reusable)
+            self._load.finished(self, str(status), reusable=self._reusable)
 
     def _watch(self, events: int, callback: Callable[[], None]) -> None:
         assert self._sock is not None
