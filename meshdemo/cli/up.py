@@ -77,7 +77,10 @@ def command(
     if steps and frame.chatty:
         frame.stderr.print(f"Mesh '{frame.name}' on the {where.kind} runtime ({why}), app {definition.name}")
     with _stoppable():
-        run_steps(steps, frame.stderr if frame.chatty else None)
+        seconds = run_steps(steps, frame.stderr if frame.chatty else None)
+    if frame.verbose:
+        for title, took in seconds.items():
+            frame.stderr.print(f"{took:6.2f} s  {title}")
 
     if frame.as_json:
         from meshdemo.cli.status import status

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _READY_S = 30.0  # for an instance of a running mesh to be replaced or added
 _REPLY_S = 30.0  # on top of what an operation may take
 _LOOK_S = 0.25
+_REJECTED_S = 5.0  # a sidecar that rejects its configuration for so long will not change its mind
 _LOCK_PATIENCE_S = 15.0
 _SHUTDOWN_S = 15.0
 
@@ -376,12 +377,28 @@ class _Up:
         """A step that waits until `what` is ready (see `Supervisor.op_wait`)."""
 
         def wait() -> None:
+            rejected_since = None
             while not self._supervisor.call("wait", what=what, timeout_s=_LOOK_S):
                 pause(0)
-                if time.monotonic() > self._deadline:
+                now, rejected = time.monotonic(), self._rejected() if "/" in what else ""
+                rejected_since = (rejected_since or now) if rejected else None
+                if now > self._deadline:
                     raise self._too_late(f"{what.replace('/', ' ')} is not ready")
+                if rejected_since is not None and now > rejected_since + _REJECTED_S:
+                    raise Failed(f"{what.replace('/', ' ')} is not ready: {rejected}")
 
         return wait
+
+    def _rejected(self) -> str:
+        """What a sidecar has against its configuration; empty if none has anything."""
+        try:
+            nacks = self._runtime.control().status()["nacks"]
+        except MeshdemoError:
+            return ""
+        return "; ".join(
+            f"the sidecar of {nack['instance']} rejects its {nack['type']}: {nack['error'].strip()}"
+            for nack in nacks[:1]
+        )
 
     def finish(self) -> None:
         """See a request go through the mesh, and let go of the lock."""
@@ -391,14 +408,11 @@ class _Up:
             pause(0.02)
             if time.monotonic() > self._deadline:
                 raise self._too_late(problem)
+        self.wait_for("load")()
         self._runtime.release_lock()
 
     def _too_late(self, problem: str) -> Failed:
-        why = ""
-        with suppress(MeshdemoError):
-            for nack in self._runtime.control().status()["nacks"]:
-                why = f"; sidecar {nack['instance']} rejects its {nack['type']}: {nack['error']}"
-        return Failed(f"{problem} after {self._timeout_s:g} s{why}", "give it longer with --timeout")
+        return Failed(f"{problem} after {self._timeout_s:g} s", "give it longer with --timeout")
 
 
 def _title(workload: Any) -> str:

@@ -40,7 +40,7 @@ from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Rea
 from meshdemo.runtime.local.leftovers import MARK
 from meshdemo.runtime.local.paths import MeshPaths
 from meshdemo.runtime.local.ports import LOOPBACK, Port
-from meshdemo.runtime.local.probe import answers, ask
+from meshdemo.runtime.local.probe import answers
 from meshdemo.runtime.local.spec import MeshSpec, WorkloadSpec
 from meshdemo.runtime.local.unit import STOP_GRACE_S, Run, Unit
 
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 _SHUTDOWN_GRACE_S = 1.0
 _TAKEN_IN_S = 15.0  # how long a change waits for the control plane (which may be restarting) to take it in
 _RETRY_S = 0.2
+_HOLD_S = 10.0
 _LIMIT = 16 * 1024 * 1024  # of one message
 
 
@@ -122,6 +123,7 @@ class Supervisor:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
+        self._load_held = True
         self._guard: subprocess.Popen[bytes] | None = None
         self._grpc, self._http, self._prometheus_port = Port(), Port(), Port()
         self.publisher = Publisher(self._write_state, self._poke, self.changes)
@@ -152,6 +154,7 @@ class Supervisor:
         self._spawn(self.publisher.run())
         self._spawn(self._run_timers())
         self._spawn(self._start_sidecars())
+        self._spawn(self._release_load())
         if self.prometheus is not None:
             self.prometheus.start()
         self.paths.api.unlink(missing_ok=True)
@@ -216,11 +219,33 @@ class Supervisor:
         """What the app file says of a service."""
         return self.spec.app.services[name]
 
-    def extra_env(self, service: str) -> Mapping[str, str]:
-        """The load that was asked for."""
-        if self.spec.rps is None or not self.service(service).load:
+    def extra_env(self, service: str, env: Mapping[str, str]) -> Mapping[str, str]:
+        """The load that was asked for; none while the mesh is coming up."""
+        rate = self._rate(service, env)
+        if rate is None:
             return {}
-        return {"RPS": f"{self.spec.rps:g}"}
+        return {"RPS": "0" if self._load_held else f"{rate:g}"}
+
+    def _rate(self, service: str, env: Mapping[str, str]) -> float | None:
+        """Requests per second that an instance should make; None: that is its own business."""
+        if not self.service(service).load:
+            return None
+        try:
+            return float(env["RPS"]) if self.spec.rps is None else self.spec.rps
+        except (KeyError, ValueError):
+            return None
+
+    async def _release_load(self) -> None:
+        """Let the load begin once everybody is there, so that the first requests do not fail."""
+        await self.changes.until(
+            lambda: self.control.ready and all(unit.ready for unit in self.units.values()), _HOLD_S
+        )
+        with suppress(Failed):
+            await self.publisher.taken(self.publisher.request())
+        self._load_held = False
+        with suppress(Failed):
+            await self._put_load()
+        self.changes.notify()
 
     def cwd(self) -> str:
         """Where commands run."""
@@ -519,15 +544,17 @@ class Supervisor:
         }
 
     async def op_wait(self, what: str, timeout_s: float) -> bool:
-        """Whether `control`, `prometheus` or a workload (`service/version`) is ready, waiting for it.
+        """Whether `control`, `prometheus`, the `load` or a workload (`service/version`) is ready.
 
-        Raises Failed with what it said if it keeps failing.
+        Waits for it up to `timeout_s`. Raises Failed with what it said if it keeps failing.
         """
         if what == "control":
             await self.changes.until(lambda: self.control.ready or self.control.failed, timeout_s)
             if self.control.failed:
                 raise self.control.failure()
             return self.control.ready
+        if what == "load":
+            return await self.changes.until(lambda: not self._load_held, timeout_s)
         if what == "prometheus":
             keeper = self.prometheus
             if keeper is not None:
@@ -557,7 +584,7 @@ class Supervisor:
                 self._store(self.spec.replacing(workload))
                 self._add_units(workload)
         if wanted.rps is not None and wanted.rps != before.rps:
-            await self._put_load(wanted.rps)
+            await self._put_load()
         self.publisher.request()
 
     async def op_set_env(
@@ -670,15 +697,17 @@ class Supervisor:
         """Set the rate of every instance that makes load."""
         specs.check_rps(self.spec.app, rps)
         self._store(self.spec.model_copy(update={"rps": rps}))
-        await self._put_load(rps)
+        await self._put_load()
 
-    async def _put_load(self, rps: float) -> None:
-        units = [unit for unit in self.units.values() if self.service(unit.service).load and unit.ready]
-        asked = await asyncio.gather(
-            *(ask(u.run.port.number, "/load", method="PUT", body={"rps": rps}) for u in units if u.run)
-        )
-        deaf = [unit.id for unit, answer in zip(units, asked, strict=True) if answer.status != 200]
-        if deaf:
+    async def _put_load(self) -> None:
+        """Tell every instance that makes load its rate. Raises Failed naming those that did not take it."""
+        rates = {
+            unit: rate
+            for unit in self.units.values()
+            if unit.ready and (rate := self._rate(unit.service, unit.env)) is not None
+        }
+        told = await asyncio.gather(*(unit.put_load(rate) for unit, rate in rates.items()))
+        if deaf := [unit.id for unit, taken in zip(rates, told, strict=True) if not taken]:
             raise Failed(f"{', '.join(deaf)} did not take the load", "see `meshdemo logs` for why")
 
     async def op_shutdown(self) -> None:

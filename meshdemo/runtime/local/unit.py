@@ -54,8 +54,8 @@ class Surroundings(Protocol):
     def service(self, name: str) -> Service:
         """What the app file says of a service."""
 
-    def extra_env(self, service: str) -> Mapping[str, str]:
-        """Variables that are no part of a revision (the load that was asked for)."""
+    def extra_env(self, service: str, env: Mapping[str, str]) -> Mapping[str, str]:
+        """Variables that are no part of a revision (the load that was asked for), on top of its `env`."""
 
     def cwd(self) -> str:
         """Where commands run."""
@@ -68,7 +68,7 @@ class Run:
     keeper: Keeper
     port: Port
     revision: int
-    program: Workload
+    env: Mapping[str, str]
 
 
 class Unit:
@@ -106,6 +106,11 @@ class Unit:
     def revision(self) -> int:
         """The revision that it runs."""
         return self.run.revision if self.run is not None else 0
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        """The environment of that revision."""
+        return self.run.env if self.run is not None else {}
 
     @property
     def ready(self) -> bool:
@@ -205,6 +210,13 @@ class Unit:
         path = self._around.service(self.service).healthz
         return (await ask(self.run.port.number, path, timeout_s=timeout_s)).status == 200
 
+    async def put_load(self, rps: float) -> bool:
+        """Set the rate of a workload that makes load; whether it took it."""
+        if self.run is None:
+            return False
+        answer = await ask(self.run.port.number, "/load", method="PUT", body={"rps": rps})
+        return answer.status == 200
+
     async def sidecar_answers(self, timeout_s: float) -> bool:
         """Whether the sidecar says anything at all just now."""
         return (await ask(self.admin, "/ready", timeout_s=timeout_s)).status != 0
@@ -237,7 +249,7 @@ class Unit:
             changed=around.changed,
             port_lost=port_lost,
         )
-        return Run(keeper, port, revision, program)
+        return Run(keeper, port, revision, env)
 
     def _env(self, port: int, env: Mapping[str, str]) -> dict[str, str]:
         proxy = f"http://{LOOPBACK}:{self.outbound.number}"
@@ -247,7 +259,7 @@ class Unit:
             # Both spellings: which one a client reads, and which one wins, differs.
             "HTTP_PROXY": proxy, "http_proxy": proxy, "NO_PROXY": direct, "no_proxy": direct,
             **env,
-            **self._around.extra_env(self.service),
+            **self._around.extra_env(self.service, env),
             "HOST": LOOPBACK, "PORT": str(port),
             "SERVICE": self.service, "VERSION": self.version, "INSTANCE": self.id,
         }  # fmt: skip
