@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from meshdemo.apps.model import App
+from meshdemo.control.captured import OUTBOUND_PORT, PLAIN_PORT
 from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.errors import Failed, MeshdemoError
@@ -30,13 +31,11 @@ from meshdemo.kube import PREFIX, ApiError, Cluster, Manifest
 
 log = logging.getLogger(__name__)
 
-# Ports of a sidecar in its pod, and of the control plane.
-OUTBOUND_PORT = 15001
-INBOUND_PORT = 15006
-PLAIN_PORT = 15020
-READY_PORT = 15021
+# Where the control plane listens in its pod: for sidecars; for the API, on loopback alone (clients come
+# through the API server's port forward); and what may be asked from outside without a token.
 XDS_PORT = 15010
 API_PORT = 8080
+OPEN_PORT = 8081
 
 AUDIENCE = "meshdemo"
 """What sidecars' tokens are good for; the API server calls a token for anything else invalid."""

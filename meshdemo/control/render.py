@@ -39,7 +39,7 @@ from google.protobuf.message import Message
 from pydantic import BaseModel
 
 from meshdemo.apps.model import Route, Service
-from meshdemo.control import xds
+from meshdemo.control import captured, xds
 from meshdemo.control.identity import spiffe_id, trust_domain
 from meshdemo.control.intent import callers
 from meshdemo.control.model import Fault, Instance, Intent, MeshState, Traffic
@@ -195,6 +195,7 @@ class Renderer:
             clusters=self._clusters(mesh, versions, traffic),
             endpoints=self._endpoints(versions),
             outbound=self._outbound(mesh, versions, traffic),
+            listeners=self._captured_listeners(mesh, versions, traffic) if mesh.addresses else (),
         )
         services = {
             name: self._service(mesh, intent, name, service) for name, service in mesh.app.services.items()
@@ -208,14 +209,18 @@ class Renderer:
         inbound = self._inbound(of, instance)
         app = self._endpoints_of("app", ((instance.app_host, instance.app_port),))
         ports = (instance.host, instance.inbound_port, instance.outbound_port, instance.metrics_port)
-        listeners = self._once(("listeners", ports, of.listeners), lambda: _listeners(of.listeners, instance))
+        if shared.listeners:
+            own = self._captured_inbound(of, instance.app_port)
+        else:
+            own = self._once(("listeners", ports, of.listeners), lambda: _listeners(of.listeners, instance))
+        listeners = (*shared.listeners, own)
         return self._once(
             ("snapshot", instance.id, shared, of.app, inbound, app, listeners),
             lambda: {
                 xds.RUNTIME: (shared.runtime,),
                 xds.CLUSTERS: (shared.clusters, of.app),
                 xds.ENDPOINTS: (shared.endpoints, self._bundle(xds.ENDPOINTS, [app])),
-                xds.LISTENERS: (listeners,),
+                xds.LISTENERS: listeners,
                 xds.ROUTES: (shared.outbound, inbound),
             },
         )
@@ -237,7 +242,8 @@ class Renderer:
                 )
                 for name, of in versions.items()
                 for version in of
-            ],
+            ]
+            + ([self._made("passthrough", Cluster)] if mesh.addresses else []),
         )
 
     def _endpoints(self, versions: _Versions) -> xds.Bundle:
@@ -251,27 +257,80 @@ class Renderer:
         )
 
     def _outbound(self, mesh: MeshState, versions: _Versions, traffic: Mapping[str, Traffic]) -> xds.Bundle:
-        frame = self._made("routes_outbound", RouteConfiguration)
         hosts = []
         for name, service in mesh.app.services.items():
-            ready = {version: len(serving) for version, serving in versions[name].items()}
             hosts.append(
                 self._made(
                     "virtual_host",
                     VirtualHost,
                     service=name,
                     protocol=service.protocol,
-                    domains=_domains(name, mesh.namespace),
+                    # Where traffic is redirected, the address says which service is meant.
+                    domains=["*"] if mesh.addresses else _domains(name, mesh.namespace),
                     routes=declared_routes(service),
-                    split=effective_split(service, traffic[name], ready),
+                    split=_split(service, traffic[name], versions[name]),
                     traffic=_routing(traffic[name]),
                 )
             )
+        if mesh.addresses:
+            return self._bundle(xds.ROUTES, [self._table_of_one(host) for host in hosts])
+        frame = self._made("routes_outbound", RouteConfiguration)
         routes = self._once(
             ("outbound", frame, *hosts),
             lambda: _Made(_with_hosts(frame.message, [host.message for host in hosts])),
         )
         return self._bundle(xds.ROUTES, [routes])
+
+    def _table_of_one(self, host: _Made[VirtualHost]) -> _Made[RouteConfiguration]:
+        name = f"outbound/{host.name}"
+        return self._once(
+            ("outbound", host),
+            lambda: _Made(RouteConfiguration(name=name, virtual_hosts=[host.message])),
+        )
+
+    def _captured_listeners(
+        self, mesh: MeshState, versions: _Versions, traffic: Mapping[str, Traffic]
+    ) -> tuple[xds.Bundle, ...]:
+        """The listeners of pods whose traffic is redirected that are the same in each of them."""
+        frame = self._made("captured_outbound", Listener, port=captured.OUTBOUND_PORT)
+        chains = []
+        for name, service in mesh.app.services.items():
+            if address := mesh.addresses.get(name):
+                if service.protocol == "tcp":
+                    split = _split(service, traffic[name], versions[name])
+                    chain = self._made("captured_tcp", Listener, service=name, split=split)
+                else:
+                    chain = self._made("listener_outbound", Listener, routes=f"outbound/{name}")
+                chains.append((name, address, service.port, chain))
+        outbound = self._once(
+            ("captured outbound", frame, *chains),
+            lambda: _Made(
+                captured.outbound(frame.message, [(*where, chain.message) for *where, chain in chains])
+            ),
+        )
+        ready = self._made("listener_ready", Listener, port=captured.READY_PORT)
+        return (self._bundle(xds.LISTENERS, [outbound]), self._bundle(xds.LISTENERS, [ready]))
+
+    def _captured_inbound(self, of: _ServiceParts, port: int) -> xds.Bundle:
+        """The listeners of such a pod that are its service's own."""
+        frame = self._made("captured_inbound", Listener, port=captured.INBOUND_PORT)
+        mutual_tls, _, plain = of.listeners
+        inbound = self._once(
+            ("captured inbound", frame, mutual_tls, plain, port),
+            lambda: _Made(
+                captured.inbound(
+                    frame.message,
+                    mutual_tls=mutual_tls.message,
+                    plain=None if of.service.protocol == "tcp" else plain.message,
+                    port=port,
+                )
+            ),
+        )
+        metrics = self._once(
+            ("captured plain", plain),
+            lambda: _Made(captured.anywhere(plain.message, captured.PLAIN_PORT)),
+        )
+        return self._bundle(xds.LISTENERS, [inbound, metrics])
 
     # -- what the instances of one service share ----------------------------------------------------------
 
@@ -293,7 +352,7 @@ class Renderer:
                     trust_domain=trust_domain(mesh.mesh),
                     access=rules if service.protocol == "tcp" else None,
                 ),
-                self._made("listener_outbound", Listener),
+                self._made("listener_outbound", Listener, routes="outbound"),
                 self._made("listener_plain", Listener, open_paths=open_paths(service)),
             ),
             inbound={},
@@ -378,6 +437,7 @@ class _Shared:
     clusters: xds.Bundle
     endpoints: xds.Bundle
     outbound: xds.Bundle
+    listeners: tuple[xds.Bundle, ...]  # where traffic is redirected: those that are the same in all pods
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -460,6 +520,11 @@ def _domains(service: str, namespace: str) -> list[str]:
         f"{service}.{namespace}.svc",
         f"{service}.{namespace}.svc.cluster.local",
     ]
+
+
+def _split(service: Service, traffic: Traffic, versions: Mapping[str, Sequence[Instance]]) -> dict[str, int]:
+    ready = {version: len(serving) for version, serving in versions.items()}
+    return effective_split(service, traffic, ready)
 
 
 def _with_hosts(frame: RouteConfiguration, hosts: Sequence[VirtualHost]) -> RouteConfiguration:

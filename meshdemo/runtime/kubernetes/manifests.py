@@ -18,15 +18,8 @@ import yaml
 
 from meshdemo.apps.model import App, Service
 from meshdemo.control.bootstrap import Placement, bootstrap_files
-from meshdemo.control.kubernetes import (
-    API_PORT,
-    AUDIENCE,
-    INBOUND_PORT,
-    OUTBOUND_PORT,
-    PLAIN_PORT,
-    READY_PORT,
-    XDS_PORT,
-)
+from meshdemo.control.captured import INBOUND_PORT, OUTBOUND_PORT, PLAIN_PORT, READY_PORT
+from meshdemo.control.kubernetes import API_PORT, AUDIENCE, OPEN_PORT, XDS_PORT
 from meshdemo.control.model import Instance
 from meshdemo.kube import Manifest
 from meshdemo.resources import TEMPLATES
@@ -44,7 +37,7 @@ API_FOLDER = "/run/secrets/meshdemo"
 
 _PORTS = {
     "inbound": INBOUND_PORT, "outbound": OUTBOUND_PORT, "plain": PLAIN_PORT, "ready": READY_PORT,
-    "xds": XDS_PORT, "api": API_PORT,
+    "xds": XDS_PORT, "api": API_PORT, "open": OPEN_PORT,
 }  # fmt: skip
 
 

@@ -1,0 +1,71 @@
+"""Listeners of pods whose traffic is redirected into the sidecar (Kubernetes), put together from the others.
+
+An app in such a pod knows nothing of a proxy: it connects to a service's address, and the kernel leads the
+connection to the sidecar, which sees where it was going. So there is one listener in each direction for
+everything, with a filter chain for each place that a connection may have been going to. The chains
+themselves are those of the ordinary listeners. Pure: messages in, messages out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from envoy.config.listener.v3.listener_components_pb2 import FilterChain
+from envoy.config.listener.v3.listener_pb2 import Listener
+from envoy.extensions.filters.listener.original_dst.v3 import original_dst_pb2 as _original_dst
+from envoy.extensions.filters.listener.tls_inspector.v3 import tls_inspector_pb2 as _tls_inspector
+from envoy.extensions.filters.network.direct_response.v3 import config_pb2 as _direct_response
+
+# Where a sidecar listens in its pod.
+OUTBOUND_PORT = 15001
+INBOUND_PORT = 15006
+PLAIN_PORT = 15020
+READY_PORT = 15021
+
+# What the templates name in a `typed_config`; importing it makes it known to protobuf.
+_KNOWN = (_original_dst, _tls_inspector, _direct_response)
+
+
+def inbound(frame: Listener, *, mutual_tls: Listener, plain: Listener | None, port: int) -> Listener:
+    """All that comes into a pod whose app serves `port`: mutual TLS, or in plain text the open paths."""
+    listener = _copy(frame)
+    for source, transport in ((mutual_tls, "tls"), (plain, "raw_buffer")):
+        if source is not None:
+            chain = _add(listener, source)
+            chain.name = f"{port}/{transport}"
+            chain.filter_chain_match.destination_port.value = port
+            chain.filter_chain_match.transport_protocol = transport
+    return listener
+
+
+def outbound(frame: Listener, services: Iterable[tuple[str, str, int, Listener]]) -> Listener:
+    """All that a pod sends. `services`: name, address, port, and the listener that carries the chain."""
+    listener = _copy(frame)
+    for name, address, port, source in services:
+        chain = _add(listener, source)
+        chain.name = name
+        chain.filter_chain_match.destination_port.value = port
+        prefix = chain.filter_chain_match.prefix_ranges.add()
+        prefix.address_prefix = address
+        prefix.prefix_len.value = 128 if ":" in address else 32
+    return listener
+
+
+def anywhere(source: Listener, port: int) -> Listener:
+    """A listener, on this port of all the pod's addresses."""
+    listener = _copy(source)
+    listener.address.socket_address.address = "0.0.0.0"  # noqa: S104 - whoever may ask a pod, asks its address
+    listener.address.socket_address.port_value = port
+    return listener
+
+
+def _copy(source: Listener) -> Listener:
+    listener = Listener()
+    listener.CopyFrom(source)
+    return listener
+
+
+def _add(listener: Listener, source: Listener) -> FilterChain:
+    chain = listener.filter_chains.add()
+    chain.CopyFrom(source.filter_chains[0])
+    return chain

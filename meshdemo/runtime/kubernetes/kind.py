@@ -1,0 +1,149 @@
+"""kind: a Kubernetes cluster in Docker containers, made and removed with the `kind` command.
+
+kind has no library for Python, so its command is run; what the images and nodes hold is asked of the nodes.
+The user's own kubeconfig is never touched: a cluster's access is written to a file of the mesh's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from meshdemo.errors import Failed, Missing
+from meshdemo.runtime.steps import pause
+
+OLDEST = (0, 23)  # its nodes run Kubernetes 1.30, the first with all that the manifests ask for
+
+Tell = Callable[[str], None]
+
+
+class Kind:
+    """The kind command on this machine."""
+
+    def __init__(self) -> None:
+        """Find it; raises Missing where kind or Docker is not there, or kind is too old."""
+        self._kind = _found("kind", "https://kind.sigs.k8s.io/docs/user/quick-start/#installation")
+        self._docker = _found("docker", "https://docs.docker.com/get-docker/")
+        said = _run([self._kind, "version", "--quiet"]).strip().removeprefix("v")
+        match = re.match(r"(\d+)\.(\d+)", said)
+        if match and (int(match[1]), int(match[2])) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise Missing(f"kind {said} is too old", f"install kind {oldest} or newer; found {self._kind}")
+        self.version = said
+
+    def clusters(self) -> list[str]:
+        """The names of all kind clusters here."""
+        return [line for line in _run([self._kind, "get", "clusters", "--quiet"]).split() if line]
+
+    def nodes(self, cluster: str) -> list[str]:
+        """The containers that are a cluster's nodes."""
+        return _run([self._kind, "get", "nodes", "--quiet", "--name", cluster]).split()
+
+    def create(
+        self, cluster: str, kubeconfig: Path, config: str, image: str | None, timeout_s: float, tell: Tell
+    ) -> None:
+        """Make a cluster; what was begun is removed if that fails or is given up.
+
+        Raises Failed with kind's own words.
+        """
+        command = [self._kind, "create", "cluster", "--name", cluster, "--kubeconfig", str(kubeconfig)]
+        command += ["--config", "-"] + (["--image", image] if image else [])
+        log = kubeconfig.with_name("kind.log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+            )
+        if process.stdin is not None:
+            process.stdin.write(config.encode())
+            process.stdin.close()
+        give_up = time.monotonic() + timeout_s
+        try:
+            while process.poll() is None:
+                if time.monotonic() > give_up:
+                    raise Failed(
+                        f"kind did not make the cluster within {timeout_s:.0f} s: {_last(log)}",
+                        "a higher --timeout gives it longer",
+                    )
+                tell(_last(log))
+                pause(0.1)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self.delete(cluster, kubeconfig)
+            raise
+        if process.returncode:
+            said = [line for line in _lines(log) if not re.match(r"\s*[✓•✗]", line)]
+            raise Failed(
+                "kind could not make the cluster:" + "".join(f"\n  | {line}" for line in said[-8:]),
+                "`kind create cluster --retain` keeps the nodes for a look; --kind-image takes another image",
+            )
+
+    def export(self, cluster: str, kubeconfig: Path) -> None:
+        """Write the access to a cluster to a file of ours."""
+        _run([self._kind, "export", "kubeconfig", "--name", cluster, "--kubeconfig", str(kubeconfig)])
+
+    def delete(self, cluster: str, kubeconfig: Path) -> None:
+        """Remove a cluster, or what there is of it."""
+        _run([self._kind, "delete", "cluster", "--name", cluster, "--kubeconfig", str(kubeconfig)])
+
+    def missing(self, node: str, images: Iterable[str]) -> list[str]:
+        """Which of these images a node lacks. Raises Failed while it cannot say (it is booting)."""
+        said = _run([self._docker, "exec", node, "crictl", "images", "--output", "json"])
+        there = {_bare(tag) for image in json.loads(said)["images"] for tag in image["repoTags"]}
+        return [image for image in images if _bare(image) not in there]
+
+    def load(self, cluster: str, archive: Path, nodes: Sequence[str]) -> None:
+        """Load the images of an archive into nodes."""
+        _run(
+            [self._kind, "load", "image-archive", str(archive), "--name", cluster, "--nodes", ",".join(nodes)]
+        )
+
+
+def _bare(reference: str) -> str:
+    """A reference as Docker users write it; container runtimes add the default registry."""
+    return reference.removeprefix("docker.io/").removeprefix("library/")
+
+
+def _found(command: str, where: str) -> str:
+    path = shutil.which(command)
+    if path is None:
+        raise Missing(
+            f"no `{command}` on the PATH",
+            f"install it ({where}); `meshdemo up --runtime local` needs neither kind nor Docker",
+        )
+    return path
+
+
+def _run(command: Sequence[str]) -> str:
+    """The output of a command; raises Failed with what it said if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
+        name = Path(command[0]).name
+        if "permission denied" in said.lower() and "docker" in said.lower():
+            raise Missing(
+                f"you may not use Docker: {said}", "add yourself to the group `docker`, or use sudo"
+            )
+        if "Cannot connect to the Docker daemon" in said:
+            raise Missing("no Docker daemon answers", "start Docker (or set DOCKER_HOST)")
+        raise Failed(f"`{name} {' '.join(command[1:3])}` failed: {said}")
+    return done.stdout
+
+
+def _lines(log: Path) -> list[str]:
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log.read_text(errors="replace"))
+    return [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+
+
+def _last(log: Path) -> str:
+    lines = _lines(log)
+    return lines[-1].strip(" ✓•✗.…") if lines else "starting"
