@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from meshdemo.control.signals import BOUNDS_MS, Sample, middle_ms
+from meshdemo.control.signals import BOUNDS_MS, Cell, Sample, middle_ms
 from meshdemo.remediation import stats
 from meshdemo.remediation.policy import Objective
 
@@ -36,49 +36,47 @@ class Measure:
     overdue: int = 0  # still unanswered, for longer than one export: too slow already
 
 
-def measure_of(objective: Objective) -> Callable[[Sample], Measure]:
-    """How to read an export for this objective, from the inbound side of the service's own sidecars.
-
-    A request is bad if it failed (success) or took longer than the threshold (latency); requests refused by
-    access rules never reached the service and count as neither. In flight at the end but not arrived within
-    the export means in flight for longer than it.
-    """
+def bad_of(objective: Objective) -> Callable[[Cell], int]:
+    """How many requests of a cell are bad for this objective: failed ones, or too slow ones."""
     threshold = objective.threshold_ms
     if threshold is None:
-        return _failures
+        return lambda cell: cell.failures
     # Buckets are reported at their middles, which rise with the index: slower means from some index on.
     first = next((i for i in range(len(BOUNDS_MS) + 1) if middle_ms(i) > threshold), len(BOUNDS_MS))
 
-    def slow(sample: Sample) -> Measure:
-        requests = bad = 0
-        for cell in sample.cells:
-            if cell.inbound:
-                requests += cell.requests - cell.denied
-                bad += sum([n for index, n in cell.latency.counts.items() if index >= first])
-        overdue = sample.in_flight - sample.arrived
-        return Measure(requests, min(bad, requests), overdue if overdue > 0 else 0)
+    def slow(cell: Cell) -> int:
+        return sum([n for index, n in cell.latency.counts.items() if index >= first])
 
     return slow
 
 
-def _failures(sample: Sample) -> Measure:
-    requests = bad = 0
-    for cell in sample.cells:
-        if cell.inbound:
-            requests += cell.requests - cell.denied
-            bad += cell.failures
-    return Measure(requests, min(bad, requests))
+def measure_of(objective: Objective) -> Callable[[Sample], Measure]:
+    """How to read an export for this objective, from the inbound side of the service's own sidecars.
+
+    One that has been in flight for a whole export is too slow already.
+    """
+    bad_in = bad_of(objective)
+    counts_overdue = objective.latency is not None
+
+    def measure(sample: Sample) -> Measure:
+        requests = bad = 0
+        for cell in sample.cells:
+            if cell.inbound:
+                requests += cell.requests
+                bad += bad_in(cell)
+        return Measure(requests, min(bad, requests), sample.overdue if counts_overdue else 0)
+
+    return measure
 
 
 def effective_measure_of(objective: Objective, service: str) -> Callable[[Sample], Measure]:
     """As `measure_of`, from what a caller's sidecar got from the service after retries."""
-    threshold = objective.threshold_ms
+    bad_in = bad_of(objective)
 
     def measure(sample: Sample) -> Measure:
         cells = [cell for cell in sample.cells if not cell.inbound and cell.peer == service]
-        requests = sum(cell.requests - cell.denied for cell in cells)
-        bad = sum(cell.failures if threshold is None else cell.latency.above(threshold) for cell in cells)
-        return Measure(requests, min(bad, requests))
+        requests = sum(cell.requests for cell in cells)
+        return Measure(requests, min(sum(bad_in(cell) for cell in cells), requests))
 
     return measure
 
@@ -218,27 +216,47 @@ class ObjectiveJudge:
         self.allowed = objective.allowed
         self.budget = Budget(objective.allowed, objective.budget)
         self.since = -math.inf
-        self._measure = (
+        self.bad_of = bad_of(objective)
+        self.measure = (
             effective_measure_of(objective, service) if objective.effective else measure_of(objective)
         )
         self.whole = Track(objective.window)
         self.instances: dict[str, Track] = {}
+        self._debts: dict[str, int] = {}  # requests in flight when a remedy took effect, by instance
+
+    def count(self, sample: Sample) -> Measure:
+        """Count an export for the error budget alone: it is too old to judge by."""
+        measure = self.measure(sample)
+        self.budget.add(sample.start, sample.end, measure.requests, measure.bad)
+        return measure
 
     def add(self, sample: Sample) -> Measure:
         """Count an export of an instance of the service (of a caller, for an effective objective)."""
-        measure = self._measure(sample)
-        self.budget.add(sample.start, sample.end, measure.requests, measure.bad)
+        measure = self.count(sample)
         if sample.start < self.since:
+            self._debts[sample.instance] = sample.in_flight
             return measure
+        requests, bad = measure.requests, measure.bad
+        if self._debts:
+            forgiven = self._forgive(sample, bad)
+            requests, bad = requests - forgiven, bad - forgiven
         track = self.instances.get(sample.instance)
         if track is None:
             track = self.instances[sample.instance] = Track(self.objective.window)
         self.whole.overdue += measure.overdue - track.overdue
         track.overdue = measure.overdue
-        entry = (sample.end, measure.requests, measure.bad)
+        entry = (sample.end, requests, bad)
         track.add(entry)
         self.whole.add(entry)
         return measure
+
+    def _forgive(self, sample: Sample, bad: int) -> int:
+        """Bad answers to requests that were in flight when the remedy took effect: it came too late for them."""
+        debt = self._debts.pop(sample.instance, 0)
+        forgiven = min(debt, bad)
+        if left := min(debt - forgiven, sample.in_flight):
+            self._debts[sample.instance] = left
+        return forgiven
 
     def verdict(self, instance: str, end: float, alpha: float = ALPHA) -> Verdict | None:
         """Is the objective violated, as of an export of `instance`? The service first, then the instance."""

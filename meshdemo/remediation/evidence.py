@@ -1,0 +1,207 @@
+"""What the exports around an alarm say: by instance, by caller, by callee, and of what kind. Pure.
+
+Made anew from the last seconds' exports when there is an incident, so that healthy seconds cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshdemo.control.signals import Sample
+from meshdemo.remediation import stats
+from meshdemo.remediation.judge import SHORT_S, ObjectiveJudge, Verdict
+from meshdemo.remediation.localise import Part
+from meshdemo.remediation.policy import Objective
+from meshdemo.remediation.situation import Seen
+
+_LATEST_S = 30.0
+_TIMED_OUT = ("0", "408", "504")  # no response at all, or given up waiting for one
+_EXPLAINS = 0.5  # a callee whose bad answers are at least this share of ours is to blame
+
+
+@dataclass(slots=True)
+class _Sums:
+    requests: int = 0
+    bad: int = 0
+    overdue: int = 0
+    certain: float = 0.0
+    certain_bad: int = 0
+    end: float = 0.0
+
+
+@dataclass(slots=True)
+class After:
+    """Counts by instance and caller, over the window of the alarm and since."""
+
+    alarm_at: float
+    by_instance: dict[str, _Sums] = field(default_factory=dict)
+    by_caller: dict[str, _Sums] = field(default_factory=dict)
+
+    def owes(self, instance: str) -> bool:
+        """Does it still owe answers?"""
+        sums = self.by_instance.get(instance)
+        return sums is not None and sums.overdue > 0
+
+    def was_bad(self, instance: str) -> bool:
+        """Was anything of it bad?"""
+        sums = self.by_instance.get(instance)
+        return sums is not None and sums.bad > 0
+
+    def instances(self, seen: Iterable[Seen]) -> list[Part]:
+        """The counts of these instances, overdue requests among the bad ones."""
+        parts = []
+        for one in seen:
+            sums = self.by_instance.get(one.id, _Sums())
+            heard = sums.end > self.alarm_at
+            parts.append(
+                Part(
+                    one.id,
+                    requests=sums.requests + sums.overdue,
+                    bad=sums.bad + sums.overdue,
+                    certain=sums.certain + (sums.overdue if heard else 0),
+                    version=one.version,
+                    revision=one.revision,
+                )
+            )
+        return parts
+
+    def callers(self) -> list[Part]:
+        """The counts by caller, for those that proved who they are."""
+        return [
+            Part(name, sums.requests, sums.bad, certain=sums.requests)
+            for name, sums in self.by_caller.items()
+            if name
+        ]
+
+    def telling(self, expected_bad: float) -> bool:
+        """Has every instance had the chance to show so many bad requests, were it as bad as all together?"""
+        requests = sum(sums.requests + sums.overdue for sums in self.by_instance.values())
+        bad = sum(sums.bad + sums.overdue for sums in self.by_instance.values())
+        share = bad / requests if requests else 0.0
+        return all(sums.certain * share >= expected_bad for sums in self.by_instance.values())
+
+    def still_bad(self, instances: Sequence[str], allowed: float, *, final: bool) -> bool | None:
+        """Were these still bad after the alarm? None: they have not all reported since.
+
+        Ones that got no requests since (their callers avoid them) are taken to be as they were.
+        """
+        sums = [self.by_instance[name] for name in instances if name in self.by_instance]
+        if not final and any(one.end <= self.alarm_at for one in sums):
+            return None
+        before = sum(one.requests + one.overdue for one in sums)
+        bad = sum(one.bad + one.overdue for one in sums)
+        if any(one.overdue for one in sums):
+            return True
+        since = round(sum(one.certain for one in sums))
+        bad_since = min(since, sum(one.certain_bad for one in sums))
+        if since == 0 or before == 0:
+            return True
+        share = max(bad / before, allowed)
+        return stats.log_likelihood(bad_since, since, share) >= stats.log_likelihood(
+            bad_since, since, allowed
+        )
+
+
+def after(
+    samples: Iterable[Sample], judge: ObjectiveJudge, alarm_at: float, window_s: float, base: float
+) -> After:
+    """Sum up the exports around an alarm.
+
+    Args:
+        base: exports that began before this (a remedy's effect) are left out, unless the alarm is older.
+    """
+    result = After(alarm_at)
+    since = alarm_at - min(window_s, _LATEST_S)
+    from_start = base if base < alarm_at else -1.0
+    short = window_s <= SHORT_S
+    for sample in samples:
+        if sample.end <= since or sample.start < from_start:
+            continue
+        measure = judge.measure(sample) if not judge.objective.effective else None
+        if measure is None:
+            continue
+        sums = result.by_instance.setdefault(sample.instance, _Sums())
+        sums.requests += measure.requests
+        sums.bad += measure.bad
+        sums.overdue = measure.overdue
+        sums.end = sample.end
+        if sample.end > alarm_at:
+            length = sample.end - sample.start
+            share = min(1.0, (sample.end - alarm_at) / length) if length > 0 else 1.0
+            sums.certain += measure.requests * (share if short else 1.0)
+            sums.certain_bad += measure.bad
+        for cell in sample.cells:
+            if cell.inbound:
+                by = result.by_caller.setdefault(cell.peer, _Sums())
+                by.requests += cell.requests
+                by.bad += judge.bad_of(cell)
+    return result
+
+
+def guilty_callee(samples: Iterable[Sample], judge: ObjectiveJudge, since: float) -> str | None:
+    """The service whose bad answers make up most of this one's, if there is one."""
+    bad_here = 0
+    there: dict[str, list[int]] = {}
+    for sample in samples:
+        if sample.end <= since:
+            continue
+        for cell in sample.cells:
+            bad = judge.bad_of(cell)
+            if cell.inbound:
+                bad_here += bad
+            elif cell.peer:
+                count = there.setdefault(cell.peer, [0, 0])
+                count[0] += cell.requests
+                count[1] += bad
+    guilty = [
+        (bad, name)
+        for name, (requests, bad) in there.items()
+        if bad_here and bad >= _EXPLAINS * bad_here and stats.exceeds(bad, requests, judge.allowed, 1e-4)
+    ]
+    return max(guilty)[1] if guilty else None
+
+
+def symptom(samples: Iterable[Sample], instances: Sequence[str], since: float, objective: Objective) -> str:
+    """errors, slow, or hung: of what kind the bad requests of these instances are."""
+    failures = timed_out = answered = 0
+    overdue: dict[str, int] = {}
+    for sample in samples:
+        if sample.end <= since or sample.instance not in instances:
+            continue
+        overdue[sample.instance] = sample.overdue
+        for cell in sample.cells:
+            if cell.inbound:
+                failures += cell.failures
+                answered += cell.requests - cell.failures
+                timed_out += sum(cell.codes.get(code, 0) for code in _TIMED_OUT)
+    stuck = sum(overdue.values()) + timed_out
+    if stuck and stuck >= failures - timed_out and (stuck > answered or sum(overdue.values()) * 2 > stuck):
+        return "hung"
+    return "errors" if objective.latency is None else "slow"
+
+
+def figures(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as the evidence of an event."""
+    return {
+        "instance": verdict.instance,
+        "window_s": round(verdict.window_s, 2),
+        "requests": verdict.requests,
+        "bad": verdict.bad,
+        "overdue": verdict.overdue,
+        "bad_share": round(verdict.share, 4),
+        "surely_above": round(verdict.surely, 4),
+        "allowed": round(verdict.allowed, 4),
+    }
+
+
+def words(verdict: Verdict, objective: Objective) -> str:
+    """A verdict in one line."""
+    what = "too slow" if objective.latency is not None else "failed"
+    where = f" at {verdict.instance}" if verdict.instance else ""
+    waiting = f" ({verdict.overdue} still waiting)" if verdict.overdue else ""
+    return (
+        f"{verdict.bad} of {verdict.requests} {what}{where}{waiting}, surely above "
+        f"{verdict.surely * 100:.1f}%, allowed {verdict.allowed * 100:g}%"
+    )
