@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -370,6 +370,18 @@ def _words(error: ValidationError) -> str:
 
 
 # -- persistence ------------------------------------------------------------------------------------------
+
+
+class Intents(Protocol):
+    """Where the intent is kept. Both methods may take a while, and are called in a thread."""
+
+    def load(self) -> Intent:
+        """The stored intent, or a fresh one if none was stored yet. Raises Failed if it cannot be read."""
+        ...
+
+    def save(self, intent: Intent) -> None:
+        """Store the intent; the one before stays if that fails. Raises Failed."""
+        ...
 
 
 class IntentStore:

@@ -26,7 +26,7 @@ from google.protobuf.json_format import ParseError
 from meshdemo.control import xds
 from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Nack, Outcome
 from meshdemo.control.identity import Authenticator, Authority, Certificate, TokenHashes, bearer, spiffe_id
-from meshdemo.control.intent import IntentStore, expire_faults, forget_gone
+from meshdemo.control.intent import Intents, IntentStore, expire_faults, forget_gone
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
 from meshdemo.control.render import Renderer
 from meshdemo.errors import Failed
@@ -75,12 +75,14 @@ class ControlPlane:
         journal: Journal,
         settings: Settings | None = None,
         authenticator: Authenticator | None = None,
+        intents: Intents | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Load (or make) the intent and the certificate authority in the folder `state`.
 
         Args:
             authenticator: whose tokens are accepted; default: those whose hashes the mesh state holds.
+            intents: where the intent is kept; default: in `state`.
 
         Raises:
             Failed: what is stored there cannot be read, or the templates are broken.
@@ -89,7 +91,7 @@ class ControlPlane:
         self._journal = journal
         self._clock = clock
         self._authenticator = authenticator or TokenHashes()
-        self._store = IntentStore(state / "intent.json")
+        self._store: Intents = intents or IntentStore(state / "intent.json")
         self._authority = Authority(state, mesh.mesh, clock())
         self._server_certificate = self._issue_server_certificate()
         self._mesh = mesh

@@ -26,6 +26,8 @@ from pydantic import ValidationError
 from meshdemo.control import metrics, page, telemetry
 from meshdemo.control.api import Control, create_app
 from meshdemo.control.files import write_atomically
+from meshdemo.control.identity import Authenticator
+from meshdemo.control.intent import Intents
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import MeshState
 from meshdemo.control.plane import SERVER_OPTIONS, ControlPlane
@@ -61,6 +63,37 @@ class Place:
         return self.state / "control"
 
 
+class Backend:
+    """Where the control plane learns of the mesh. This one: from a file that the supervisor writes.
+
+    Another runtime has one of its own (see `meshdemo.runtime.kubernetes.server`).
+    """
+
+    authenticator: Authenticator | None = None  # whose tokens are accepted; None: as the mesh state says
+    intents: Intents | None = None  # where the intent is kept; None: in the control plane's folder
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    async def start(self) -> MeshState:
+        """Prepare the control plane's folder; the mesh as it is. Raises MeshdemoError."""
+        return self.mesh()
+
+    def mesh(self) -> MeshState:
+        """The mesh as it is now; called from any thread. Raises MeshdemoError."""
+        return read_mesh(self._place.state)
+
+    async def follow(self, control: Control) -> None:
+        """Tell the control plane of changes until cancelled. Here a client tells it, over the API."""
+        await asyncio.Event().wait()
+
+    def journalled(self, event: Mapping[str, Any]) -> None:
+        """Told of everything that was journalled, in any thread; must not take long."""
+
+    async def stop(self) -> None:
+        """The control plane has ended; nothing in its folder changes any more."""
+
+
 def read_mesh(state: Path) -> MeshState:
     """The mesh as the runtime reports it.
 
@@ -94,7 +127,7 @@ def api_token(path: Path) -> str:
     return token
 
 
-async def serve(place: Place) -> None:
+async def serve(place: Place, backend: Backend | None = None) -> None:
     """Run until SIGTERM or SIGINT.
 
     Raises:
@@ -104,15 +137,20 @@ async def serve(place: Place) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
+    backend = backend or Backend(place)
     place.control.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mesh = await backend.start()
     journal, totals, store = Journal(place.control / "events.jsonl"), metrics.Totals(), telemetry.Store()
 
     def record(event: Mapping[str, Any]) -> None:
-        totals.event(journal.append(event))
+        kept = journal.append(event)
+        totals.event(kept)
+        backend.journalled(kept)
 
-    mesh = read_mesh(place.state)
     store.track([instance.id for instance in mesh.instances])
-    plane = ControlPlane(place.control, mesh, journal=record)
+    plane = ControlPlane(
+        place.control, mesh, journal=record, authenticator=backend.authenticator, intents=backend.intents
+    )
     tap = Tap(plane.set_tap, plane.authenticate)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
@@ -130,18 +168,25 @@ async def serve(place: Place) -> None:
         tap=tap,
         totals=totals,
         loop=loop,
-        read_mesh=lambda: read_mesh(place.state),
+        read_mesh=backend.mesh,
     )
     await plane.start()
     await server.start()
     _serve_http(place, control)
     record({"event": "control_plane_started", "revision": plane.intent.revision})
     log.info("serving sidecars on %s and the API on %s:%d", address, place.http_host, place.http_port)
-    await stopped.wait()
+    following = asyncio.create_task(backend.follow(control))
+    stopping = asyncio.create_task(stopped.wait())
+    await asyncio.wait((following, stopping), return_when=asyncio.FIRST_COMPLETED)
     log.info("stopping")
+    following.cancel()
+    (failure,) = await asyncio.gather(following, return_exceptions=True)
     await plane.stop()
     await server.stop(_STOP_S)
     journal.close()
+    await backend.stop()
+    if isinstance(failure, Exception):
+        raise failure
 
 
 def _serve_http(place: Place, control: Control) -> None:
