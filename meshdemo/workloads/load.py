@@ -397,7 +397,10 @@ class _Connection:
 
 
 class _LoopAlarm:
-    """Calls back at a time of the monotonic clock, by the event loop's timer: up to 1 ms late."""
+    """Calls back at a time of the monotonic clock, by the event loop's timer: up to 1 ms late.
+
+    The callback must call `at` again.
+    """
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._loop = gevent.get_hub().loop
@@ -405,7 +408,7 @@ class _LoopAlarm:
         self._timer: object = None
 
     def at(self, when: float | None) -> None:
-        """Call back once at `when`, instead of what was set before; None: not at all."""
+        """Call back at `when`, instead of what was set before; None: not at all."""
         if self._timer is not None:
             self._timer.close()  # type: ignore[attr-defined]
             self._timer = None
@@ -438,20 +441,15 @@ class _KernelAlarm:
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")
         self._flags = absolute
-        self._callback = callback
         self._watcher = gevent.get_hub().loop.io(self._fd, _READ)
-        self._watcher.start(self._ring)
+        self._watcher.start(callback)
 
     def at(self, when: float | None) -> None:
-        """Call back once at `when`, instead of what was set before; None: not at all."""
+        """Call back at `when`, instead of what was set before; None: not at all."""
+        # Setting the time also takes back that it rang, so there is nothing to read.
         seconds, part = divmod(when, 1.0) if when is not None else (0.0, 0.0)
         spec = self._Spec(0, 0, int(seconds), int(part * 1e9))
         self._settime(self._fd, self._flags, ctypes.byref(spec), None)
-
-    def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # set anew since it rang
-            os.read(self._fd, 8)
-        self._callback()
 
 
 def _alarm(callback: Callable[[], None]) -> _LoopAlarm | _KernelAlarm:

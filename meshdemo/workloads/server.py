@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import gevent
@@ -41,6 +42,22 @@ _MAX_HEADERS = 200
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
+@lru_cache(maxsize=512)
+def _header_keys(raw: str) -> tuple[str, str]:
+    """The name of a header as it is looked up, and as WSGI calls it ('' where WSGI must not see it).
+
+    A name with an underscore would be taken for the one with a dash that a sidecar vouches for.
+
+    Raises:
+        ValueError: it is no name.
+    """
+    if not raw or raw != raw.strip():
+        raise ValueError("malformed header name")
+    name = raw.lower()
+    hidden = "_" in name or name in ("content-type", "content-length")
+    return name, "" if hidden else "HTTP_" + name.upper().replace("-", "_")
+
+
 class _Headers:
     """Request headers, parsed without the email package, which costs more than all the rest of a request.
 
@@ -50,24 +67,26 @@ class _Headers:
         ValueError: a line is no header; the handler answers 400.
     """
 
-    __slots__ = ("_values", "headers", "status")
+    __slots__ = ("_values", "environ", "status")
 
     def __init__(self, rfile: BinaryIO, _seekable: int = 0) -> None:
         self.status = ""
-        self.headers: list[str] = []  # raw lines, as the handler wants them for the WSGI environment
+        self.environ: dict[str, str] = {}
         self._values: dict[str, str] = {}
         for _ in range(_MAX_HEADERS):
-            line = rfile.readline(65537).decode("latin-1")
-            if line in ("\r\n", "\n"):
+            line = rfile.readline(65537)
+            if line in (b"\r\n", b"\n"):
                 return
-            name, colon, value = line.partition(":")
-            if not (colon and name and line.endswith("\n")) or name != name.strip():
+            raw, colon, value = line.decode("latin-1").partition(":")
+            if not colon or value[-1:] != "\n":
                 raise ValueError("malformed header line")
-            name, value = name.lower(), value.strip()
+            name, key = _header_keys(raw)
+            value = value.strip()
             if name in self._values:  # a repeated Content-Length thus becomes no number: 400, not a guess
-                value = f"{self._values[name]}, {value}"
+                value = f"{self._values[name]}{';' if name == 'cookie' else ','} {value}"
             self._values[name] = value
-            self.headers.append(line)
+            if key:
+                self.environ[key] = value
         raise ValueError("too many headers")
 
     def get(self, name: str, default: str | None = None) -> str | None:
@@ -97,6 +116,10 @@ class _Handler(WSGIHandler):  # type: ignore[misc]
         finally:
             handlers.discard(self)
 
+    def _headers(self) -> Iterable[tuple[str, str]]:
+        items: Iterable[tuple[str, str]] = self.headers.environ.items()
+        return items
+
     def read_requestline(self) -> str:
         # Without this a client that always has the next request ready keeps all others waiting, because
         # gevent only lets others run when there is nothing to read.
@@ -121,8 +144,12 @@ class _Handler(WSGIHandler):  # type: ignore[misc]
         if self.response_use_chunked:
             self._sendall(head)
             self._write(data)
-        else:
-            self._sendall(head + data)
+            return
+        packet = head + data
+        sent = self.socket.send(packet)
+        self.response_length += sent
+        if sent < len(packet):
+            self._sendall(packet[sent:])
 
     def log_request(self) -> None:
         """No access log: the sidecar sees every request (and formatting a line costs even if unused)."""
@@ -185,6 +212,20 @@ class Measured:
             self._record(code, time.perf_counter() - started)
 
 
+class Canned:
+    """A response made once, to be given any number of times."""
+
+    def __init__(self, body: bytes, status: int = 200, mimetype: str = "application/json") -> None:
+        self.response = Response(body, status=status, mimetype=mimetype)
+        self._status = self.response.status
+        self._headers = list(self.response.headers)
+        self._body = [body]
+
+    def __call__(self, _environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        start_response(self._status, self._headers)
+        return self._body
+
+
 class App(Flask):
     """Flask, with a short way for views that do not look at the request.
 
@@ -194,11 +235,11 @@ class App(Flask):
 
     def __init__(self, name: str) -> None:
         super().__init__(name, static_folder=None)
-        self._short: dict[str, Callable[[], Response]] = {}
+        self._short: dict[str, Callable[[], Canned]] = {}
 
-    def short(self, path: str, view: Callable[[], Response]) -> None:
+    def short(self, path: str, view: Callable[[], Canned]) -> None:
         """Route GET `path` to `view`, which must neither use Flask's contexts nor raise."""
-        self.add_url_rule(path, view_func=view)
+        self.add_url_rule(path, view.__name__, lambda: view().response)
         self._short[path] = view
 
     def wsgi_app(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -10,10 +10,10 @@ import random
 from collections.abc import Callable
 
 import gevent
-from flask import Flask, Response
+from flask import Flask
 from prometheus_client import Counter, Histogram
 
-from meshdemo.workloads.server import LATENCY_BUCKETS, Measured, flask_app, run
+from meshdemo.workloads.server import LATENCY_BUCKETS, Canned, Measured, flask_app, run
 from meshdemo.workloads.settings import Environment, Identity
 
 
@@ -39,11 +39,10 @@ def build(env: Environment, identity: Identity) -> tuple[Flask, Callable[[float]
             errors.inc()
 
     app = flask_app(identity)
-    # Made once, for they never differ.
-    ok = Response(b'{"result":"ok"}\n', mimetype="application/json")
-    injected = Response(b'{"error":"injected"}\n', status=500, mimetype="application/json")
+    ok = Canned(b'{"result":"ok"}\n')
+    injected = Canned(b'{"error":"injected"}\n', status=500)
 
-    def work() -> Response:
+    def work() -> Canned:
         if latency_s:
             gevent.sleep(latency_s)
         return injected if random.random() < error_share else ok  # noqa: S311 - no secret hangs on it
