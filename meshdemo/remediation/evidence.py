@@ -39,15 +39,10 @@ class After:
     by_instance: dict[str, _Sums] = field(default_factory=dict)
     by_caller: dict[str, _Sums] = field(default_factory=dict)
 
-    def owes(self, instance: str) -> bool:
-        """Does it still owe answers?"""
+    def involves(self, instance: str) -> bool:
+        """Was anything of it bad, or does it still owe answers?"""
         sums = self.by_instance.get(instance)
-        return sums is not None and sums.overdue > 0
-
-    def was_bad(self, instance: str) -> bool:
-        """Was anything of it bad?"""
-        sums = self.by_instance.get(instance)
-        return sums is not None and sums.bad > 0
+        return sums is not None and (sums.bad > 0 or sums.overdue > 0)
 
     def instances(self, seen: Iterable[Seen]) -> list[Part]:
         """The counts of these instances, overdue requests among the bad ones."""

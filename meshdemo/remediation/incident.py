@@ -10,13 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from meshdemo.control.signals import Sample
 from meshdemo.remediation import stats
 from meshdemo.remediation.choose import Plan
 from meshdemo.remediation.judge import Measure, ObjectiveJudge, Verdict
 from meshdemo.remediation.localise import Location
 from meshdemo.remediation.policy import Rule
 from meshdemo.remediation.view import IncidentState
+
+# itself: it may mend itself; dependency: another service is to blame; nobody: this is a dry run.
+Waiting = Literal["itself", "dependency", "nobody"]
 
 # An incident is open, so a suspicion is enough to call a second bad.
 _SUSPECT = 1e-3
@@ -40,7 +45,7 @@ class Recovery:
         self.last_bad = since  # end of the last export that was bad
         self.base = since  # exports that began before this show the time before the remedy
         self.newest = since
-        self.spent: dict[str, _Count] = {judge.objective.name: _Count() for judge in judges}
+        self._spent: dict[str, _Count] = {}
         self._judges = list(judges)
         self._whole: dict[str, _Count] = {}
         self._instances: dict[tuple[str, str], _Count] = {}
@@ -51,28 +56,32 @@ class Recovery:
         self._clear()
 
     def mark_bad(self, at: float) -> None:
-        """Something else than requests is still wrong (an instance is down)."""
+        """Something was still wrong at this time: what was good before it proves nothing."""
         self.last_bad = max(self.last_bad, at)
         self._clear()
 
     def count(self, objective: str, requests: int, bad: int) -> None:
         """Count what was seen before the alarm was raised."""
-        count = self.spent.setdefault(objective, _Count())
+        count = self._spent.setdefault(objective, _Count())
         count.requests += requests
         count.bad += bad
 
-    def add(self, sample_end: float, start: float, instance: str, judge: ObjectiveJudge, m: Measure) -> None:
+    def bad(self, objective: str) -> int:
+        """Bad requests of the incident so far."""
+        count = self._spent.get(objective)
+        return count.bad if count else 0
+
+    def add(self, sample: Sample, judge: ObjectiveJudge, measure: Measure) -> None:
         """Take in what an export says of one objective."""
         name = judge.objective.name
-        self.spent.setdefault(name, _Count()).add(m)
-        requests, bad = m.requests + m.overdue, m.bad + m.overdue
+        self._spent.setdefault(name, _Count()).add(measure)
+        requests, bad = measure.requests + measure.overdue, measure.bad + measure.overdue
         if bad and stats.exceeds(bad, requests, judge.allowed, _SUSPECT):
-            self.last_bad = max(self.last_bad, sample_end)
-            self._clear()
-        elif start >= self.base:
-            self.newest = max(self.newest, sample_end)
-            self._whole.setdefault(name, _Count()).add(m)
-            self._instances.setdefault((name, instance), _Count()).add(m)
+            self.mark_bad(sample.end)
+        elif sample.start >= self.base:
+            self.newest = max(self.newest, sample.end)
+            self._whole.setdefault(name, _Count()).add(measure)
+            self._instances.setdefault((name, sample.instance), _Count()).add(measure)
 
     def _clear(self) -> None:
         self._whole.clear()
@@ -128,8 +137,8 @@ class Incident:
     action: str | None = None  # id of the one under way
     effective_at: float | None = None
     deadline: float = math.inf  # of the present state
-    blocked: str = ""
-    waiting_for: str = ""  # why it waits: "dependency", "itself", "nobody" (dry run), "remedy"
+    blocked: list[str] = field(default_factory=list)  # plans that a guardrail forbade, in words
+    waiting_for: Waiting = "itself"
     fault_at: float | None = None  # when the fault began, where that is known
     detect_s: float | None = None
     recover_s: float | None = None

@@ -251,7 +251,7 @@ class ObjectiveJudge:
         return measure
 
     def _forgive(self, sample: Sample, bad: int) -> int:
-        """Bad answers to requests that were in flight when the remedy took effect: it came too late for them."""
+        """Bad answers to requests in flight when the remedy took effect: it came too late for them."""
         debt = self._debts.pop(sample.instance, 0)
         forgiven = min(debt, bad)
         if left := min(debt - forgiven, sample.in_flight):
