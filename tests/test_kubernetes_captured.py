@@ -37,7 +37,7 @@ def mesh(app: App) -> MeshState:
     instances = [
         Instance(
             id=f"{name}-abc-{n}", service=name, version="v1", host=f"10.0.{n}.{index}",
-            inbound_port=service.port, outbound_port=15001, metrics_port=15020, app_port=service.port, ready=True,
+            inbound_port=service.port, outbound_port=15002, metrics_port=15020, app_port=service.port, ready=True,
         )
         for index, (name, service) in enumerate(app.services.items())
         for n in (1, 2)
@@ -75,7 +75,7 @@ def test_envoy_takes_the_listeners(app: App, tmp_path: Path) -> None:
         (tmp_path / "trust.pem").write_text("")
         bootstrap = yaml.safe_load((tmp_path / "bootstrap.yaml").read_text())
         listeners = resources(snapshot, xds.LISTENERS, Listener)
-        assert set(listeners) == {"inbound", "outbound", "plain", "ready"}
+        assert set(listeners) == {"inbound", "outbound", "plain", "proxy", "ready"}
         bootstrap["static_resources"]["listeners"] = [
             json_format.MessageToDict(listener) for listener in listeners.values()
         ]
@@ -109,7 +109,7 @@ def test_services_are_told_apart_by_address_and_port_alone() -> None:
     assert outbound.default_filter_chain.filters[0].name == "tcp"
     assert [f.name for f in outbound.listener_filters] == ["original-destination"]  # nothing inspects
     tables = resources(snapshot, xds.ROUTES, RouteConfiguration)
-    assert {"inbound", "outbound/service-a", "outbound/service-b"} == set(tables)
+    assert {"inbound", "outbound", "outbound/service-a", "outbound/service-b"} == set(tables)
     for name in ("outbound/service-a", "outbound/service-b"):
         assert [list(host.domains) for host in tables[name].virtual_hosts] == [["*"]]
 

@@ -12,12 +12,15 @@ from collections.abc import Iterable
 
 from envoy.config.listener.v3.listener_components_pb2 import FilterChain
 from envoy.config.listener.v3.listener_pb2 import Listener
+from envoy.config.route.v3.route_components_pb2 import VirtualHost
+from envoy.config.route.v3.route_pb2 import RouteConfiguration
 from envoy.extensions.filters.listener.original_dst.v3 import original_dst_pb2 as _original_dst
 from envoy.extensions.filters.listener.tls_inspector.v3 import tls_inspector_pb2 as _tls_inspector
 from envoy.extensions.filters.network.direct_response.v3 import config_pb2 as _direct_response
 
 # Where a sidecar listens in its pod.
 OUTBOUND_PORT = 15001
+PROXY_PORT = 15002
 INBOUND_PORT = 15006
 PLAIN_PORT = 15020
 READY_PORT = 15021
@@ -48,6 +51,22 @@ def outbound(frame: Listener, services: Iterable[tuple[str, str, int, Listener]]
         prefix = chain.filter_chain_match.prefix_ranges.add()
         prefix.address_prefix = address
         prefix.prefix_len.value = 128 if ":" in address else 32
+    return listener
+
+
+def routes(host: VirtualHost) -> RouteConfiguration:
+    """The route table of one service's chain: whatever host a request names, it was sent to that service."""
+    table = RouteConfiguration(name=f"outbound/{host.name}", virtual_hosts=[host])
+    table.virtual_hosts[0].domains[:] = ["*"]
+    return table
+
+
+def proxy(source: Listener) -> Listener:
+    """The ordinary outbound listener, on the pod's loopback: for trying a request as the app's neighbour."""
+    listener = _copy(source)
+    listener.name = "proxy"
+    listener.address.socket_address.address = "127.0.0.1"
+    listener.address.socket_address.port_value = PROXY_PORT
     return listener
 
 

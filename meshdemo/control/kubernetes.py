@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from meshdemo.apps.model import App
-from meshdemo.control.captured import OUTBOUND_PORT, PLAIN_PORT
+from meshdemo.control.captured import PLAIN_PORT, PROXY_PORT
 from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.errors import Failed, MeshdemoError
@@ -184,7 +184,7 @@ def mesh_state(
                 revision=int(revision) if revision.isdigit() else 1,
                 host=pod.get("status", {}).get("podIP", ""),
                 inbound_port=service.port,
-                outbound_port=OUTBOUND_PORT,
+                outbound_port=PROXY_PORT,
                 metrics_port=PLAIN_PORT,
                 app_port=service.port,
                 ready=(labels[SERVICE], meta["name"]) in serving and "deletionTimestamp" not in meta,

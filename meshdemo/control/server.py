@@ -87,9 +87,6 @@ class Backend:
         """Tell the control plane of changes until cancelled. Here a client tells it, over the API."""
         await asyncio.Event().wait()
 
-    def journalled(self, event: Mapping[str, Any]) -> None:
-        """Told of everything that was journalled, in any thread; must not take long."""
-
     async def stop(self) -> None:
         """The control plane has ended; nothing in its folder changes any more."""
 
@@ -143,9 +140,7 @@ async def serve(place: Place, backend: Backend | None = None) -> None:
     journal, totals, store = Journal(place.control / "events.jsonl"), metrics.Totals(), telemetry.Store()
 
     def record(event: Mapping[str, Any]) -> None:
-        kept = journal.append(event)
-        totals.event(kept)
-        backend.journalled(kept)
+        totals.event(journal.append(event))
 
     store.track([instance.id for instance in mesh.instances])
     plane = ControlPlane(
