@@ -174,7 +174,7 @@ class Core:
             service=service,
             objective=verdict.objective if verdict else objective.name if objective else "",
             opened_at=self.now,
-            recovery=Recovery(observer.judges_of(service), alarm_at),
+            recovery=Recovery(observer.judges_of(service), alarm_at, verdict),
             verdict=verdict,
             alarm_at=alarm_at,
             window_s=verdict.window_s if verdict else SHORT_S,

@@ -17,6 +17,7 @@ from meshdemo.remediation.policy import Objective
 from meshdemo.remediation.situation import Seen
 
 _LATEST_S = 30.0
+_ABOUT_S = 0.05  # the stamps of one sidecar's exports, moved onto our clock, differ by less
 _TIMED_OUT = ("0", "408", "504")  # no response at all, or given up waiting for one
 _EXPLAINS = 0.5  # a callee whose bad answers are at least this share of ours is to blame
 
@@ -27,8 +28,10 @@ class _Sums:
     bad: int = 0
     overdue: int = 0
     certain: float = 0.0
-    certain_bad: int = 0
     end: float = 0.0
+    fresh: bool = False  # there is an export that began after the alarm
+    fresh_requests: int = 0
+    fresh_bad: int = 0
 
 
 @dataclass(slots=True)
@@ -78,25 +81,24 @@ class After:
         return all(sums.certain * share >= expected_bad for sums in self.by_instance.values())
 
     def still_bad(self, instances: Sequence[str], allowed: float, *, final: bool) -> bool | None:
-        """Were these still bad after the alarm? None: they have not all reported since.
+        """Are these still bad? Told by exports that began after the alarm. None: not clear yet.
 
         Ones that got no requests since (their callers avoid them) are taken to be as they were.
         """
-        sums = [self.by_instance[name] for name in instances if name in self.by_instance]
-        if not final and any(one.end <= self.alarm_at for one in sums):
-            return None
-        before = sum(one.requests + one.overdue for one in sums)
-        bad = sum(one.bad + one.overdue for one in sums)
-        if any(one.overdue for one in sums):
-            return True
-        since = round(sum(one.certain for one in sums))
-        bad_since = min(since, sum(one.certain_bad for one in sums))
-        if since == 0 or before == 0:
-            return True
-        share = max(bad / before, allowed)
-        return stats.log_likelihood(bad_since, since, share) >= stats.log_likelihood(
-            bad_since, since, allowed
+        known = [self.by_instance[name] for name in instances if name in self.by_instance]
+        fresh = [sums for sums in known if sums.fresh]
+        if not fresh:
+            return True if final else None
+        share = sum(sums.bad + sums.overdue for sums in known) / max(
+            1, sum(sums.requests + sums.overdue for sums in known)
         )
+        requests = sum(sums.fresh_requests + sums.overdue for sums in fresh)
+        bad = sum(sums.fresh_bad + sums.overdue for sums in fresh)
+        if not requests or stats.log_likelihood(bad, requests, max(share, allowed)) >= stats.log_likelihood(
+            bad, requests, allowed
+        ):
+            return True
+        return False if final or len(fresh) == len(known) else None
 
 
 def after(
@@ -126,7 +128,10 @@ def after(
             length = sample.end - sample.start
             share = min(1.0, (sample.end - alarm_at) / length) if length > 0 else 1.0
             sums.certain += measure.requests * (share if short else 1.0)
-            sums.certain_bad += measure.bad
+        if sample.start >= alarm_at - _ABOUT_S:
+            sums.fresh = True
+            sums.fresh_requests += measure.requests
+            sums.fresh_bad += measure.bad
         for cell in sample.cells:
             if cell.inbound:
                 by = result.by_caller.setdefault(cell.peer, _Sums())

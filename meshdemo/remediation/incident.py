@@ -25,6 +25,7 @@ Waiting = Literal["itself", "dependency", "nobody"]
 
 # An incident is open, so a suspicion is enough to call a second bad.
 _SUSPECT = 1e-3
+_BETTER = 1e-2
 _MARKED = 1e-4  # asked of every instance, so stricter
 
 
@@ -41,11 +42,14 @@ class _Count:
 class Recovery:
     """Watches for the first second from which all objectives of a service hold."""
 
-    def __init__(self, judges: Sequence[ObjectiveJudge], since: float) -> None:
+    def __init__(
+        self, judges: Sequence[ObjectiveJudge], since: float, verdict: Verdict | None = None
+    ) -> None:
         self.last_bad = since  # end of the last export that was bad
         self.base = since  # exports that began before this show the time before the remedy
         self.newest = since
         self._spent: dict[str, _Count] = {}
+        self._verdict = verdict
         self._judges = list(judges)
         self._whole: dict[str, _Count] = {}
         self._instances: dict[tuple[str, str], _Count] = {}
@@ -106,11 +110,28 @@ class Recovery:
                 return False
             if stats.exceeds(count.bad, count.requests, judge.allowed, _SUSPECT):
                 return False
+        if not self._better():
+            return False
         allowed = {judge.objective.name: judge.allowed for judge in self._judges}
         return not any(
             stats.exceeds(count.bad, count.requests, allowed[name], _MARKED)
             for (name, _), count in self._instances.items()
         )
+
+    def _better(self) -> bool:
+        """Is it clearly better than at the alarm? A slow burn looks fine for seconds without being so."""
+        verdict = self._verdict
+        if verdict is None:
+            return True
+        name = verdict.objective
+        count = (
+            self._whole.get(name)
+            if verdict.instance is None
+            else self._instances.get((name, verdict.instance))
+        )
+        if count is None or not count.requests or count.bad <= verdict.allowed * count.requests:
+            return True
+        return stats.head(count.bad, count.requests, verdict.share) < _BETTER
 
 
 @dataclass(slots=True)
