@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import hashlib
 import http.client
+import itertools
+import os
 import secrets
 import shutil
 import socket
@@ -53,10 +55,15 @@ def pair(**services: Mapping[str, Any]) -> App:
     return App.model_validate({"name": "pair", "front": "service-b", "services": definitions})
 
 
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = itertools.cycle(secrets.SystemRandom().sample(range(12_000 + _worker % 8, 32_000, 8), 2_000))
+
+
 def free_port() -> int:
-    """A port that nobody listens on. Below the ephemeral range, so that no client takes it meanwhile."""
+    """A port that nobody listens on, given out once. Below the ephemeral range, so that no client takes it
+    meanwhile; workers of a parallel test run share none."""
     while True:
-        port = 12_000 + secrets.randbelow(20_000)
+        port = next(_ports)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -65,6 +65,13 @@ class Outcome:
     last_ack: float  # time.perf_counter() of the last ACK, or of the start where nobody was affected
 
 
+def envoys_words(message: str) -> str:
+    """Envoy's reason for a rejection, without the whole resource that it prints before some of them."""
+    dump, found, reason = message.rpartition("Proto constraint validation failed")
+    words = f"{found}{reason}" if dump.lstrip().startswith("goo.gle/debug") else message
+    return " ".join(words.split())[:1000] or "no reason given"
+
+
 class Refused(Exception):
     """A sidecar asks for what its token does not entitle it to."""
 
@@ -120,7 +127,7 @@ class Stream:
             return  # about what has been superseded; the answer to the last response will come
         answered, subscription.waiting = subscription.waiting, False
         if request.HasField("error_detail"):
-            subscription.nack = request.error_detail.message or "rejected without a reason"
+            subscription.nack = envoys_words(request.error_detail.message)
             if type_url == xds.CLUSTERS:
                 self._owed = frozenset()
         if names == subscription.names and not answered:
@@ -209,12 +216,16 @@ class Stream:
             for type_url, subscription in self._subscriptions.items()
         )
 
-    def nacks(self) -> dict[str, str]:
-        """What the sidecar rejected and still lacks: short type -> Envoy's words."""
+    def nacks(self, after: int = 0) -> dict[str, str]:
+        """What the sidecar rejected and still lacks: short type -> Envoy's words.
+
+        Args:
+            after: only of responses after this one (counted as `responses` does).
+        """
         return {
             xds.SHORT[type_url]: subscription.nack
             for type_url, subscription in self._subscriptions.items()
-            if subscription.nack
+            if subscription.nack and int(subscription.nonce) > after
         }
 
 
@@ -301,7 +312,7 @@ class Discovery:
                 push.pending[stream] = stream.responses
             self._spawn(self._send(connection))
         late = [c.stream.instance.id for c in self._connections.values() if c.stream.lagging]
-        affected = list(push.pending)
+        affected = dict(push.pending)
         if affected:
             self._pushes.add(push)
             try:
@@ -314,8 +325,8 @@ class Discovery:
                 self._pushes.discard(push)
         nacks = [
             Nack(stream.instance.id, kind, error)
-            for stream in affected
-            for kind, error in stream.nacks().items()
+            for stream, responses in affected.items()
+            for kind, error in stream.nacks(after=responses).items()
         ]
         return Outcome(push.confirmed, tuple(late), tuple(nacks), push.last_ack)
 
@@ -397,7 +408,7 @@ class Discovery:
                         "event": "rejected",
                         "instance": stream.instance.id,
                         "type": xds.SHORT[request.type_url],
-                        "reason": request.error_detail.message,
+                        "reason": envoys_words(request.error_detail.message),
                     }
                 )
             await self._send(connection)

@@ -8,7 +8,7 @@ instance to instance (addresses, ports) is no text at all: it is filled into a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -146,10 +146,12 @@ def effective_split(service: Service, traffic: Traffic, ready: Mapping[str, int]
     """Version -> weight, as callers should split.
 
     Without a split in the intent, the versions that `up` starts by itself get everything, each by the number
-    of its ready instances: a version that is added later gets nothing until somebody says so.
+    of its ready instances: a version that is added later gets nothing until somebody says so. The share of a
+    version with nobody ready goes to the others, rather than be lost.
     """
     if traffic.split:
-        return {version: weight for version, weight in traffic.split.items() if weight}
+        asked = {version: weight for version, weight in traffic.split.items() if weight}
+        return {version: weight for version, weight in asked.items() if ready.get(version)} or asked
     initial = [version for version, workload in service.versions.items() if workload.initial]
     for candidates in (initial, list(ready)):
         weights = {version: ready[version] for version in candidates if ready.get(version)}
@@ -188,14 +190,14 @@ class Renderer:
             raise
 
     def _snapshots(self, mesh: MeshState, intent: Intent, tap: bool) -> dict[str, xds.Snapshot]:
-        versions = _by_version(mesh, {ejection.instance for ejection in intent.ejections})
         traffic = {name: intent.traffic.get(name, Traffic()) for name in mesh.app.services}
+        splits, versions = _serving(mesh, traffic, {ejection.instance for ejection in intent.ejections})
         shared = _Shared(
             runtime=self._bundle(xds.RUNTIME, [self._made("runtime", Runtime, tap=tap)]),
             clusters=self._clusters(mesh, versions, traffic),
             endpoints=self._endpoints(versions),
-            outbound=self._outbound(mesh, versions, traffic),
-            listeners=self._captured_listeners(mesh, versions, traffic) if mesh.addresses else (),
+            outbound=self._outbound(mesh, splits, traffic),
+            listeners=self._captured_listeners(mesh, splits) if mesh.addresses else (),
         )
         services = {
             name: self._service(mesh, intent, name, service) for name, service in mesh.app.services.items()
@@ -256,7 +258,9 @@ class Renderer:
             ],
         )
 
-    def _outbound(self, mesh: MeshState, versions: _Versions, traffic: Mapping[str, Traffic]) -> xds.Bundle:
+    def _outbound(
+        self, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traffic: Mapping[str, Traffic]
+    ) -> xds.Bundle:
         hosts = []
         for name, service in mesh.app.services.items():
             hosts.append(
@@ -265,31 +269,26 @@ class Renderer:
                     VirtualHost,
                     service=name,
                     protocol=service.protocol,
-                    # Where traffic is redirected, the address says which service is meant.
-                    domains=["*"] if mesh.addresses else _domains(name, mesh.namespace),
+                    domains=_domains(name, mesh.namespace),
                     routes=declared_routes(service),
-                    split=_split(service, traffic[name], versions[name]),
+                    split=splits[name],
                     traffic=_routing(traffic[name]),
                 )
             )
-        if mesh.addresses:
-            return self._bundle(xds.ROUTES, [self._table_of_one(host) for host in hosts])
         frame = self._made("routes_outbound", RouteConfiguration)
         routes = self._once(
             ("outbound", frame, *hosts),
             lambda: _Made(_with_hosts(frame.message, [host.message for host in hosts])),
         )
-        return self._bundle(xds.ROUTES, [routes])
+        # Where traffic is redirected, the address that was called says which service is meant.
+        redirected = [self._table_of_one(host) for host in (hosts if mesh.addresses else ())]
+        return self._bundle(xds.ROUTES, [routes, *redirected])
 
     def _table_of_one(self, host: _Made[VirtualHost]) -> _Made[RouteConfiguration]:
-        name = f"outbound/{host.name}"
-        return self._once(
-            ("outbound", host),
-            lambda: _Made(RouteConfiguration(name=name, virtual_hosts=[host.message])),
-        )
+        return self._once(("outbound", host), lambda: _Made(captured.routes(host.message)))
 
     def _captured_listeners(
-        self, mesh: MeshState, versions: _Versions, traffic: Mapping[str, Traffic]
+        self, mesh: MeshState, splits: Mapping[str, Mapping[str, int]]
     ) -> tuple[xds.Bundle, ...]:
         """The listeners of pods whose traffic is redirected that are the same in each of them."""
         frame = self._made("captured_outbound", Listener, port=captured.OUTBOUND_PORT)
@@ -297,8 +296,7 @@ class Renderer:
         for name, service in mesh.app.services.items():
             if address := mesh.addresses.get(name):
                 if service.protocol == "tcp":
-                    split = _split(service, traffic[name], versions[name])
-                    chain = self._made("captured_tcp", Listener, service=name, split=split)
+                    chain = self._made("captured_tcp", Listener, service=name, split=splits[name])
                 else:
                     chain = self._made("listener_outbound", Listener, routes=f"outbound/{name}")
                 chains.append((name, address, service.port, chain))
@@ -309,7 +307,10 @@ class Renderer:
             ),
         )
         ready = self._made("listener_ready", Listener, port=captured.READY_PORT)
-        return (self._bundle(xds.LISTENERS, [outbound]), self._bundle(xds.LISTENERS, [ready]))
+        by_name = self._made("listener_outbound", Listener, routes="outbound")
+        proxy = self._once(("captured proxy", by_name), lambda: _Made(captured.proxy(by_name.message)))
+        # One bundle each: what changes with the services must not have the others sent again.
+        return tuple(self._bundle(xds.LISTENERS, [one]) for one in (outbound, proxy, ready))
 
     def _captured_inbound(self, of: _ServiceParts, port: int) -> xds.Bundle:
         """The listeners of such a pod that are its service's own."""
@@ -426,7 +427,7 @@ class _Made(Generic[_M]):
 
 
 _Versions = Mapping[str, Mapping[str, Sequence[Instance]]]
-"""Service -> version -> the instances that take traffic."""
+"""Service -> version -> the instances that its callers know of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,15 +487,35 @@ def open_paths(service: Service) -> dict[str, list[str]]:
     return paths
 
 
-def _by_version(mesh: MeshState, ejected: set[str]) -> _Versions:
+def _serving(
+    mesh: MeshState, traffic: Mapping[str, Traffic], ejected: Collection[str]
+) -> tuple[dict[str, dict[str, int]], _Versions]:
+    """By service: the split in force, and for each version the instances that its callers know of.
+
+    Those are the ones that are ready and not ejected. Where a version has none, its callers keep what there
+    is: they send nothing there once the split has moved on, until then a draining instance still answers, and
+    if there is no other version an instance that is not ready is better than none.
+    """
     versions: dict[str, dict[str, list[Instance]]] = {
         name: {version: [] for version in service.versions} for name, service in mesh.app.services.items()
     }
     for instance in mesh.instances:
-        serving = versions[instance.service].setdefault(instance.version, [])
-        if instance.ready and instance.id not in ejected:
-            serving.append(instance)
-    return versions
+        if instance.host:  # a pod that is being started has no address yet
+            versions[instance.service].setdefault(instance.version, []).append(instance)
+    splits: dict[str, dict[str, int]] = {}
+    known: dict[str, dict[str, list[Instance]]] = {}
+    for name, service in mesh.app.services.items():
+        takes = {
+            version: [i for i in instances if i.ready and i.id not in ejected]
+            for version, instances in versions[name].items()
+        }
+        split = effective_split(service, traffic[name], {version: len(i) for version, i in takes.items()})
+        splits[name] = split
+        known[name] = {
+            version: takes[version] or [i for i in instances if version not in split or i.id not in ejected]
+            for version, instances in versions[name].items()
+        }
+    return splits, known
 
 
 def _limits(traffic: Traffic) -> Traffic:
@@ -520,11 +541,6 @@ def _domains(service: str, namespace: str) -> list[str]:
         f"{service}.{namespace}.svc",
         f"{service}.{namespace}.svc.cluster.local",
     ]
-
-
-def _split(service: Service, traffic: Traffic, versions: Mapping[str, Sequence[Instance]]) -> dict[str, int]:
-    ready = {version: len(serving) for version, serving in versions.items()}
-    return effective_split(service, traffic, ready)
 
 
 def _with_hosts(frame: RouteConfiguration, hosts: Sequence[VirtualHost]) -> RouteConfiguration:
