@@ -5,23 +5,23 @@ from __future__ import annotations
 import heapq
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _LINE = re.compile(r"(\d+\.\d{3}) (.*)")
 _LOOK_S = 0.2
 
 
-def read(folder: Path, service: str | None, follow: bool) -> Iterator[tuple[str, str]]:
+def read(folder: Path, workloads: Collection[str] | None, follow: bool) -> Iterator[tuple[str, str]]:
     """(source, line) of all logs in `folder`, by time; `follow`: also those still to come.
 
     Args:
-        service: only its instances and their sidecars.
+        workloads: only their instances and sidecars, each as `SERVICE-VERSION`; None: everything.
     """
     readers: dict[Path, _Reader] = {}
     while True:
         for path in sorted(folder.glob("*.log")):
-            if path not in readers and _belongs(path.stem, service):
+            if path not in readers and _belongs(path.stem, workloads):
                 readers[path] = _Reader(path)
         lines = [reader.lines() for reader in readers.values()]
         for _, source, line in heapq.merge(*lines, key=lambda entry: entry[0]):
@@ -31,11 +31,8 @@ def read(folder: Path, service: str | None, follow: bool) -> Iterator[tuple[str,
         time.sleep(_LOOK_S)
 
 
-def _belongs(stem: str, service: str | None) -> bool:
-    if service is None:
-        return True
-    instance = stem.removesuffix(".sidecar")
-    return re.fullmatch(rf"{re.escape(service)}-[-a-z0-9]+-\d+", instance) is not None
+def _belongs(stem: str, workloads: Collection[str] | None) -> bool:
+    return workloads is None or stem.removesuffix(".sidecar").rpartition("-")[0] in workloads
 
 
 class _Reader:

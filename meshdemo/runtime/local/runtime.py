@@ -314,7 +314,10 @@ class LocalRuntime:
             return
         if service is not None and service not in spec.app.services:
             raise BadInput(f"no service '{service}'; there are: {', '.join(spec.app.services)}")
-        yield from read(self.paths.logs, service, follow)
+        workloads = None
+        if service is not None:
+            workloads = {f"{service}-{version}" for version in spec.app.services[service].versions}
+        yield from read(self.paths.logs, workloads, follow)
 
     def watch_lock(self) -> AbstractContextManager[None]:
         """Held while a watch runs; raises Failed naming the holder if another one holds it."""

@@ -224,7 +224,12 @@ def _check(options: UpOptions) -> None:
                 raise BadInput(f"--version {service}={version}: no such version; there are: {there}")
     if options.rps is not None:
         check_rps(options.app, options.rps)
+    seen: dict[str, str] = {}
     for service, version, program in _programs(options.app):
+        name = f"{service}-{version}"
+        if name in seen:
+            raise BadInput(f"{service} {version} and {seen[name]} would both have instances named {name}-1")
+        seen[name] = f"{service} {version}"
         if not (program.program or program.command):
             raise BadInput(
                 f"{service} {version} has only an image; the local runtime needs a program or a command",

@@ -1,0 +1,203 @@
+"""What must run, as a value: what `up` makes of it, revisions, overrides, and changes that end by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshdemo.apps import loader
+from meshdemo.apps.model import App
+from meshdemo.errors import BadInput, Failed
+from meshdemo.runtime.base import UpOptions
+from meshdemo.runtime.local import spec as specs
+from meshdemo.runtime.local.spec import MeshSpec, WorkloadSpec
+
+PAIR = loader.load("pair")
+NOW = 1000.0
+
+
+def up(before: MeshSpec | None = None, app: App = PAIR, **options: Any) -> MeshSpec:
+    return specs.wanted(UpOptions(name="m", app=app, **options), before, now=NOW)
+
+
+def service_b(spec: MeshSpec | None = None) -> WorkloadSpec:
+    return (spec or up()).workloads["service-b/v1"]
+
+
+def test_up_starts_what_is_initial() -> None:
+    spec = up()
+    assert {key: workload.instances for key, workload in spec.workloads.items()} == {
+        "service-a/v1": 1,
+        "service-b/v1": 2,
+    }
+    assert service_b(spec).ids() == ["service-b-v1-1", "service-b-v1-2"]
+    assert specs.differences(None, spec) == ["everything"]
+
+
+def test_up_again_changes_nothing_by_itself() -> None:
+    before = up(rps=80, replicas={"service-b": 3}, versions={"service-b": ["v2"]})
+    assert up(before) == before
+    assert specs.differences(before, up(before)) == []
+
+
+def test_up_again_changes_what_differs() -> None:
+    before = up()
+    after = up(before, rps=80, replicas={"service-b": 3}, versions={"service-b": ["v2"]})
+    assert after.workloads["service-b/v1"].instances == 3
+    assert after.workloads["service-b/v2"].instances == 1
+    assert specs.differences(before, after) == [
+        "service-b v1: 3 instances, were 2",
+        "service-b v2 added",
+        "load: 80 requests/s",
+    ]
+
+
+def test_replicas_leave_a_further_version_alone() -> None:
+    before = up(versions={"service-b": ["v2"]})
+    assert up(before, replicas={"service-b": 5}).workloads["service-b/v2"].instances == 1
+
+
+def test_a_fault_outlives_up() -> None:
+    before = up()
+    broken = before.replacing(
+        specs.with_env(service_b(before), {"LAT_MS": "9"}, instance=None, reason="f", now=NOW)
+    )
+    assert up(broken) == broken
+
+
+def test_a_changed_app_file_is_a_new_revision() -> None:
+    data = PAIR.model_dump()
+    data["services"]["service-b"]["versions"]["v1"]["env"] = {"LAT_MS": "5"}
+    after = up(up(), App.model_validate(data))
+    assert service_b(after).current.revision == 2
+    assert service_b(after).current.env == {"LAT_MS": "5"}
+
+
+def test_another_app_under_the_same_name_is_refused() -> None:
+    other = PAIR.model_copy(update={"name": "other"})
+    with pytest.raises(Failed, match="runs the app 'pair', not 'other'"):
+        up(up(), other)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"replicas": {"nobody": 1}}, "no service 'nobody'; there are: service-a, service-b"),
+        ({"replicas": {"service-b": -1}}, "allowed is 0 to 1000"),
+        ({"replicas": {"service-b": 1001}}, "allowed is 0 to 1000"),
+        ({"versions": {"service-b": ["v3"]}}, "no such version; there are: v1, v2"),
+        ({"versions": {"nobody": ["v3"]}}, "no service 'nobody'"),
+        ({"rps": -1.0}, "allowed is 0 to 100000"),
+        ({"rps": float("nan")}, "allowed is 0 to 100000"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        up(**options)
+
+
+def test_a_revision_for_all() -> None:
+    workload = specs.with_env(service_b(), {"LAT_MS": "200"}, instance=None, reason="fault", now=NOW)
+    assert [one.revision for one in workload.revisions] == [1, 2]
+    assert workload.of("service-b-v1-1") == workload.of("service-b-v1-2") == (2, {"LAT_MS": "200"})
+
+
+def test_setting_what_is_set_makes_no_revision() -> None:
+    workload = specs.with_env(service_b(), {"LAT_MS": None}, instance=None, reason="", now=NOW)
+    assert workload == service_b()
+
+
+def test_an_override_is_of_one_instance() -> None:
+    workload = specs.with_env(service_b(), {"ERR_RATE": "1"}, instance="service-b-v1-2", reason="", now=NOW)
+    assert workload.of("service-b-v1-1") == (1, {})
+    assert workload.of("service-b-v1-2") == (2, {"ERR_RATE": "1"})
+    assert [one.revision for one in workload.revisions] == [1]
+    ended = specs.with_env(workload, {"ERR_RATE": None}, instance="service-b-v1-2", reason="", now=NOW)
+    assert ended.of("service-b-v1-2") == (1, {})
+    again = specs.with_env(ended, {"ERR_RATE": "1"}, instance="service-b-v1-2", reason="", now=NOW)
+    assert again.of("service-b-v1-2")[0] == 3, "a revision number is never used twice"
+
+
+def test_a_rollback_ends_overrides() -> None:
+    workload = specs.with_env(service_b(), {"LAT_MS": "1"}, instance=None, reason="", now=NOW)
+    workload = specs.with_env(workload, {"ERR_RATE": "1"}, instance="service-b-v1-2", reason="", now=NOW)
+    back = specs.rolled_back(workload, 1, reason="bad", now=NOW)
+    assert back.of("service-b-v1-1") == back.of("service-b-v1-2") == (4, {})
+    with pytest.raises(BadInput, match="no revision 9; there are: 1, 2, 4"):
+        specs.rolled_back(back, 9, reason="", now=NOW)
+
+
+def test_scaling_down_forgets_overrides_of_those_gone() -> None:
+    workload = specs.with_env(service_b(), {"ERR_RATE": "1"}, instance="service-b-v1-2", reason="", now=NOW)
+    assert specs.scaled(specs.scaled(workload, 1), 2).of("service-b-v1-2") == (1, {})
+
+
+ENVS = st.dictionaries(st.sampled_from(["LAT_MS", "ERR_RATE"]), st.sampled_from(["1", "2", None]))
+
+
+@given(change=ENVS, instance=st.sampled_from([None, "service-b-v1-1"]), start=ENVS)
+def test_a_timer_restores_what_was(
+    change: dict[str, str | None], instance: str | None, start: dict[str, str | None]
+) -> None:
+    spec = up()
+    first = specs.with_env(service_b(spec), start, instance=None, reason="", now=NOW)
+    timer = specs.timer_for(first, change, instance=instance, expires_at=NOW, fault_id="f")
+    changed = specs.with_env(first, change, instance=instance, reason="", now=NOW)
+    spec = spec.replacing(changed).model_copy(update={"timers": (timer,)})
+    after = specs.expired(spec, timer, now=NOW)
+    assert after.timers == ()
+    for one in first.ids():
+        assert service_b(after).of(one)[1] == first.of(one)[1]
+
+
+def test_a_timer_leaves_a_later_change_alone() -> None:
+    first = service_b()
+    timer = specs.timer_for(
+        first, {"LAT_MS": "1", "ERR_RATE": "1"}, instance=None, expires_at=NOW, fault_id="f"
+    )
+    workload = specs.with_env(first, dict(timer.after), instance=None, reason="", now=NOW)
+    workload = specs.with_env(workload, {"LAT_MS": "7"}, instance=None, reason="another", now=NOW)
+    spec = up().replacing(workload).model_copy(update={"timers": (timer,)})
+    assert service_b(specs.expired(spec, timer, now=NOW)).current.env == {"LAT_MS": "7"}
+
+
+def test_a_timer_of_something_that_is_gone_just_ends() -> None:
+    spec = up(versions={"service-b": ["v2"]})
+    timer = specs.timer_for(
+        spec.workloads["service-b/v2"],
+        {"LAT_MS": "1"},
+        instance="service-b-v2-1",
+        expires_at=NOW,
+        fault_id="f",
+    )
+    gone = spec.replacing(specs.scaled(spec.workloads["service-b/v2"], 0))
+    gone = gone.model_copy(update={"timers": (timer,)})
+    assert specs.expired(gone, timer, now=NOW).timers == ()
+
+
+def test_names_of_things_that_are_not_there() -> None:
+    spec = up()
+    with pytest.raises(BadInput, match="no instance 'x'; there are: service-a-v1-1, service-b-v1-1"):
+        spec.owner("x")
+    with pytest.raises(BadInput, match="runs no version 'v2'; there are: v1"):
+        spec.workload("service-b", "v2")
+    with pytest.raises(BadInput, match="no service 'x'"):
+        spec.workload("x", "v1")
+
+
+def test_the_spec_survives_being_stored() -> None:
+    spec = up(rps=5)
+    assert MeshSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_two_workloads_whose_instances_would_have_the_same_names() -> None:
+    data = PAIR.model_dump()
+    data["services"]["service"] = {
+        **data["services"]["service-b"],
+        "versions": {"b-v1": {"program": "service_b"}},
+    }
+    with pytest.raises(BadInput, match="would both have instances named service-b-v1-1"):
+        up(app=App.model_validate(data))
