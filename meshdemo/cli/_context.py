@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from meshdemo.errors import BadInput
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -109,6 +111,11 @@ class Context:
         from meshdemo.runtime.select import control
 
         return control(self.name)
+
+    def check_service(self, name: str | None, what: str = "service") -> None:
+        """Raise BadInput naming the services that there are, if this is none of them."""
+        if name is not None and name not in (services := self.runtime.app().services):
+            raise BadInput(f"no {what} '{name}'; there are: {', '.join(services)}")
 
 
 def of(ctx: typer.Context) -> Context:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from itertools import islice
 from typing import Annotated
 
 import typer
 
 from meshdemo.cli import _context, _values
+from meshdemo.errors import BadInput
+
+_STATUS = re.compile(r"[0-5]xx|[0-9]{1,3}")
 
 
 def command(
@@ -37,7 +41,14 @@ def command(
     """Single requests, live, as the called instance's sidecar sees them; until Ctrl-C or --max."""
     if rate is not None:
         _values.number(rate, "--rate", 0.1, 10_000, "a second")
+    if status is not None and not _STATUS.fullmatch(status):
+        raise BadInput(f"--status {status!r}: give a status such as 503, or a class such as 5xx")
     context = _context.of(ctx)
+    context.check_service(service)
+    context.check_service(caller, "caller")
+    ids = [one.id for one in context.runtime.instances()] if instance is not None else []
+    if instance is not None and instance not in ids:
+        raise BadInput(f"no instance '{instance}'; there are: {', '.join(ids)}")
     requests = context.client.tap(
         service=service, caller=caller, route=route, status=status, instance=instance, max_per_s=rate
     )

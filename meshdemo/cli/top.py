@@ -42,6 +42,7 @@ def command(
     for_s = None if for_ is None else _values.duration_s(for_, "--for")
     if not context.chatty:
         for_s = for_s or _ONCE_S
+    context.check_service(service)
     top = Top()
     batches = _batches(context.client.tap(service=service, route=route), for_s)
     if context.chatty:

@@ -91,9 +91,7 @@ def show(
     context = _context.of(ctx)
     rules = context.client.traffic()
     if service is not None:
-        services = context.runtime.app().services
-        if service not in services:
-            raise BadInput(f"no service '{service}'; there are: {', '.join(services)}")
+        context.check_service(service)
         rules = {name: rule for name, rule in rules.items() if name == service}
     if context.as_json:
         context.emit({name: rule.model_dump(mode="json") for name, rule in rules.items()})

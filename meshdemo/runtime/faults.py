@@ -322,7 +322,6 @@ def clear(
     Raises:
         BadInput: there is no fault of this id.
     """
-    started = clock()
     client = runtime.control()
     faults = client.faults()
     ended = tuple(fault for fault in faults if fault_id in {None, fault.id})
@@ -330,15 +329,17 @@ def clear(
         known = ", ".join(fault.id for fault in faults) or "none"
         raise BadInput(f"no fault '{fault_id}'; in force: {known}")
     left = [fault for fault in faults if fault not in ended]
-    sidecars = 0
-    # The newest first, so that what an older one had set is set again by `_restore` from what is left.
-    for fault in reversed(ended):
+    effective_ms, sidecars = 0.0, 0
+    for fault in ended:
+        started = clock()
         if fault.at == "app":
             _restore(runtime, fault, left)
         elif fault.kind == "hang":
             _resume(runtime, fault)
-        sidecars = max(sidecars, client.clear_fault(fault.id).effect.sidecars)
-    return Cleared(ended, (clock() - started) * 1000, sidecars)
+        effect = client.clear_fault(fault.id).effect
+        effective_ms += effect.effective_ms if fault.at == "mesh" else (clock() - started) * 1000
+        sidecars = max(sidecars, effect.sidecars)
+    return Cleared(ended, effective_ms, sidecars)
 
 
 def _resume(runtime: Runtime, fault: Fault) -> None:
