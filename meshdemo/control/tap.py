@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MAX_PER_S = 1_000.0
 _QUEUE = 2_000
-_MAX_SESSIONS = 32
+_MAX_SESSIONS = 8  # each holds a thread of the API
 _MAX_PATH = 1_000
 _RESPONSE: bytes = als_pb2.StreamAccessLogsResponse().SerializeToString()
 
