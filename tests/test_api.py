@@ -10,12 +10,14 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any
 
+import grpc
 import pytest
 from api_harness import ServedMesh, Server, served_mesh
 from prometheus_client.parser import text_string_to_metric_families
-from xds_harness import Load, until
+from xds_harness import Load, pair, until
 
 from meshdemo.control.client import ControlClient, SignalRow
 from meshdemo.errors import BadInput, Failed, Missing
@@ -444,6 +446,54 @@ def test_killed_and_started_again_under_load_nothing_is_lost_and_no_request_fail
         assert [event.get("note") for event in events[:1]] == ["before"]
         assert events[1]["event"] == "control_plane_started"
         assert events[1]["seq"] == seq + 1
+
+
+def test_a_grpc_error_is_a_failure_though_http_says_200() -> None:
+    def answer(raw: bytes, context: grpc.ServicerContext) -> bytes:
+        if raw == b"bad":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no")
+        return raw
+
+    handler = grpc.method_handlers_generic_handler("t.T", {"Go": grpc.unary_unary_rpc_method_handler(answer)})
+    with served_mesh() as mesh, futures.ThreadPoolExecutor(2) as threads:
+        app = grpc.server(threads)
+        app.add_generic_rpc_handlers((handler,))
+        mesh.app = pair(service_b={"protocol": "grpc"})
+        caller, member = mesh.add("service-a"), mesh.add("service-b")
+        port = app.add_insecure_port("127.0.0.1:0")
+        member.instance = member.instance.model_copy(update={"app_port": port})
+        app.start()
+        mesh.start()
+        client = mesh.server.client()
+        tapping = client.tap()
+        bad: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: bad.append(next(event for event in tapping if event["grpc_status"]))
+        )
+        thread.start()
+        with grpc.insecure_channel(
+            f"127.0.0.1:{caller.instance.outbound_port}",
+            options=[("grpc.default_authority", "service-b:5000")],
+        ) as channel:
+            go = channel.unary_unary("/t.T/Go")
+
+            def called() -> bool:
+                assert go(b"good", timeout=10) == b"good"
+                with pytest.raises(grpc.RpcError) as caught:
+                    go(b"bad", timeout=10)
+                assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+                return not thread.is_alive()
+
+            until(called, "a tapped error")
+        row = until(
+            lambda: found[0] if (found := client.signals(service="service-b"))[0]["failures"] else None,
+            "failures to be counted",
+        )
+        app.stop(0)
+        assert 0 < row["failures"] < row["requests"]
+        assert row["effective_success_rate"] == pytest.approx(0.5, abs=0.3)
+        assert (bad[0]["status"], bad[0]["grpc_status"], bad[0]["path"]) == (200, 9, "/t.T/Go")
+        tapping.close()
 
 
 def test_a_hung_instance_has_overdue_requests() -> None:

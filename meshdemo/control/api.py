@@ -147,8 +147,7 @@ class Control:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(_CALL_TIMEOUT_S)
-        except FutureTimeout:
-            future.cancel()
+        except FutureTimeout:  # not cancelled: a change that is half done is worse than a late one
             raise Failed(
                 f"the control plane did not finish within {_CALL_TIMEOUT_S:g} s",
                 "`meshdemo status` names the sidecars that do not answer",
