@@ -144,3 +144,19 @@ def effect_words(value: Effect) -> str:
 def sidecars(count: int) -> str:
     """`1 sidecar`, `3 sidecars`."""
     return f"{count} sidecar{'' if count == 1 else 's'}"
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """A SIGTERM or SIGHUP in the block ends it like Ctrl-C: what was started is undone."""
+    import signal
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -76,7 +75,7 @@ def command(
     steps = where.steps(options)
     if steps and frame.chatty:
         frame.stderr.print(f"Mesh '{frame.name}' on the {where.kind} runtime ({why}), app {definition.name}")
-    with _stoppable():
+    with _context.stoppable():
         seconds = run_steps(steps, frame.stderr if frame.chatty else None)
     if frame.verbose:
         for title, took in seconds.items():
@@ -118,18 +117,3 @@ def _whole(text: str, name: str) -> int:
         return int(text)
     except ValueError:
         raise BadInput(f"--replicas {name}={text}: the number of instances is a whole number") from None
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """A SIGTERM or SIGHUP in the block ends it like Ctrl-C: what was started is undone."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
