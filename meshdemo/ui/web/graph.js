@@ -1,9 +1,15 @@
-// The topology: services as cards in columns, callers left of what they call; in a card its versions, in a
-// version its instances. Elements are kept by key and only changed where their figures changed.
+// The topology: services as cards, callers left of what they call (on a narrow screen: above); in a card its
+// versions, in a version its instances. Elements are kept by key and only written where their figures changed.
 
-import { ms, percent, rate, setAttribute, setText, state, svg } from "./words.js";
+import { clock, faultEffect, ms, percent, plural, rate, setAttribute, setText, state, svg, withMs } from "./words.js";
 
-const CARD = 216, GAP_X = 150, GAP_Y = 24, HEAD = 58, VERSION = 18, CELL = 18, PER_ROW = 10, MARGIN = 16;
+const MARGIN = 14, GAP_Y = 22, PADDING = 12;
+const CARD = 248, LABEL = 178, BEND = 50; // side by side: a card, the label of an edge before it, its curve
+const GUTTER = 28, CALL = 22; // one above the other: where curves run down, and the line of a call
+const NARROW = 600, LARGE = 1250;
+const HEAD = 74, NOTE = 17, VERSION = 20, ROW = 20, CELL = 20, FOOT = 8, PORT = 22;
+const ROWS_UP_TO = 3; // so many instances of a version get a row with figures; more get a cell each
+const LOCKED = "M2 6h8v6h-8zM4 6v-2a2 2 0 0 1 4 0v2", UNLOCKED = "M2 6h8v6h-8zM8 6v-2a2 2 0 0 1 4 0v1";
 
 // The column of a service: one right of its rightmost caller (longest path; edges that close a cycle, such as
 // mutual calls, are passed over).
@@ -27,129 +33,300 @@ export function columns(names, edges) {
   return column;
 }
 
-function rowsOf(version) { return Math.max(1, Math.ceil(version.instances.length / PER_ROW)); }
-
-function heightOf(service) {
-  return HEAD + service.versions.reduce((sum, version) => sum + VERSION + rowsOf(version) * CELL + 6, 0) + 6;
+// Services by column, in each one those with the same callers near each other, so that fewer edges cross.
+export function layers(names, edges) {
+  const column = columns(names, edges), out = [], place = new Map();
+  for (const name of names) (out[column.get(name)] ??= []).push(name);
+  for (const layer of out) {
+    const weight = new Map(layer.map((name, index) => {
+      const callers = edges.filter((edge) => edge.service === name && place.has(edge.caller)).map((edge) => place.get(edge.caller));
+      return [name, callers.length ? callers.reduce((sum, at) => sum + at, 0) / callers.length : index / layer.length];
+    }));
+    layer.sort((a, b) => weight.get(a) - weight.get(b));
+    layer.forEach((name, index) => place.set(name, (index + 0.5) / layer.length));
+  }
+  return out;
 }
+
+const perRow = (width) => Math.floor((width - 2 * PADDING) / CELL);
+const inRows = (version) => version.instances.length <= ROWS_UP_TO;
+const heightOfVersion = (version, width) => VERSION + (inRows(version) ? Math.max(1, version.instances.length) * ROW : Math.ceil(version.instances.length / perRow(width)) * CELL) + 4;
+const shortId = (service, id) => (id.startsWith(`${service}-`) ? id.slice(service.length + 1) : id);
+const clip = (text, width, size) => { const room = Math.floor(width / (size * 0.56)); return text.length <= room ? text : `${text.slice(0, room - 1)}…`; };
+
+// What there is to say of a service besides its figures: why it may look as it does.
+function notes(service, faults) {
+  const out = faults.map((fault) => `⚡ ${faultEffect(fault)}${fault.instance ? ` on ${shortId(service.name, fault.instance)}` : fault.version ? ` on ${fault.version}` : ""}${fault.caller ? ` from ${fault.caller}` : ""}`);
+  if (service.refused) out.push(`⊘ ${rate(service.refused)}/s refused by a breaker`);
+  if (service.denied) out.push(`⊘ ${rate(service.denied)}/s denied by access rules`);
+  if (service.overdue) out.push(`⧗ ${plural(service.overdue, "request")} waiting for an answer`);
+  if (service.success_rate < 0.99 && service.effective_success_rate !== null && service.effective_success_rate > service.success_rate) out.push(`↻ ${percent(service.effective_success_rate)} after retries`);
+  return out;
+}
+
+function says(row) {
+  return `${state(row).word}, ${rate(row.rps)} requests per second, ${percent(row.success_rate)} success, p99 ${withMs(row.p99_ms)}`;
+}
+
+function countsOf(service) {
+  const counts = new Map();
+  for (const version of service.versions) for (const instance of version.instances) counts.set(state(instance).word, (counts.get(state(instance).word) ?? 0) + 1);
+  return [...counts].map(([word, count]) => `${count} ${word}`).join(", ") || "none";
+}
+
+const CELL_TEMPLATE = svg("g", {}, svg("rect", { width: 16, height: 16, rx: 3 }), svg("text", { x: 8, y: 12.5 }));
 
 export class Graph {
   constructor(host, onChoose) {
     this.host = host;
     this.onChoose = onChoose;
-    this.root = svg("svg", { role: "group", "aria-label": "Services and who calls them" });
-    this.edges = svg("g");
+    this.root = svg("svg", { role: "group", "aria-label": "Services and who calls them; arrow keys move, Enter selects" });
+    this.edges = svg("g", { "aria-hidden": true });
     this.cards = svg("g");
     this.root.append(this.edges, this.cards);
     host.append(this.root);
     this.parts = new Map();
     this.shape = "";
+    this.fit = false;
+    this.root.addEventListener("keydown", (event) => this.move(event));
+    this.root.addEventListener("pointerover", (event) => this.explain(event));
+    // The width comes from the observer: asking for it in an update would make the browser lay out the page then.
+    this.width = 800;
+    new ResizeObserver(([entry]) => {
+      if (Math.floor(entry.contentRect.width) === this.width) return;
+      this.width = Math.floor(entry.contentRect.width);
+      if (this.last) this.update(...this.last);
+    }).observe(host);
   }
 
   update(snapshot, chosen) {
-    const shape = JSON.stringify([snapshot.services.map((s) => [s.name, s.versions.map((v) => [v.version, v.instances.map((i) => i.id)])]), snapshot.edges.map((e) => [e.caller, e.service])]);
-    if (shape !== this.shape) {
-      this.shape = shape;
-      this.layOut(snapshot);
+    this.last = [snapshot, chosen];
+    const faults = new Map();
+    for (const fault of snapshot.faults) faults.set(fault.service, [...(faults.get(fault.service) ?? []), fault]);
+    const noted = new Map(snapshot.services.map((service) => [service.name, notes(service, faults.get(service.name) ?? [])]));
+    const narrow = this.width < NARROW;
+    const shape = [narrow ? this.width : "wide"];
+    for (const service of snapshot.services) {
+      shape.push(service.name, Math.max(1, noted.get(service.name).length));
+      for (const version of service.versions) { shape.push(version.version); for (const instance of version.instances) shape.push(instance.id); }
     }
-    for (const service of snapshot.services) this.fill(service, service.name === chosen);
-    for (const edge of snapshot.edges) this.fillEdge(edge);
+    for (const edge of snapshot.edges) shape.push(edge.caller, edge.service);
+    const key = shape.join();
+    if (key !== this.shape) {
+      this.shape = key;
+      this.layOut(snapshot, noted, narrow);
+    }
+    this.scale();
+    const made = new Map(snapshot.load.map((name) => [name, 0]));
+    for (const edge of snapshot.edges) if (made.has(edge.caller)) made.set(edge.caller, made.get(edge.caller) + edge.rps);
+    for (const service of snapshot.services) this.fill(service, service.name === chosen, noted.get(service.name), made.get(service.name));
+    for (const edge of snapshot.edges) this.fillEdge(edge, narrow);
   }
 
-  part(key, make) {
-    if (!this.parts.has(key)) this.parts.set(key, make());
-    return this.parts.get(key);
+  // Bring a service's card into view, where the graph is too large for its place.
+  reveal(name) {
+    const card = this.parts.get(`card/${name}`)?.card, box = card?.getBoundingClientRect(), host = this.host.getBoundingClientRect();
+    if (box) this.host.scrollBy({ left: box.left + box.width / 2 - host.left - host.width / 2, top: box.top + box.height / 2 - host.top - host.height / 2 });
   }
 
-  layOut(snapshot) {
+  // A small graph fills its place; a large one may be looked at as a whole, or be scrolled.
+  scale() {
+    const narrow = this.width < NARROW, room = this.width;
+    const least = this.fit ? 0.05 : 0.85;
+    const scale = narrow ? 1 : Math.max(least, Math.min(1.3, room / this.natural.width));
+    setAttribute(this.root, "width", Math.floor(this.natural.width * scale));
+    setAttribute(this.root, "height", Math.ceil(this.natural.height * scale));
+    this.overflows = !narrow && this.natural.width * 0.85 > room;
+    this.large = this.natural.width > LARGE;
+  }
+
+  layOut(snapshot, noted, narrow) {
+    const focused = this.root.contains(document.activeElement) ? document.activeElement.dataset.service : null;
     this.parts.clear();
     this.cards.replaceChildren();
     this.edges.replaceChildren();
-    const column = columns(snapshot.services.map((s) => s.name), snapshot.edges);
-    const bottoms = [], places = new Map();
-    for (const service of snapshot.services) {
-      const c = column.get(service.name), y = bottoms[c] ?? MARGIN;
-      places.set(service.name, { x: MARGIN + c * (CARD + GAP_X), y, height: heightOf(service) });
-      bottoms[c] = y + heightOf(service) + GAP_Y;
-    }
-    const width = MARGIN * 2 + bottoms.length * CARD + (bottoms.length - 1) * GAP_X;
-    const height = Math.max(...bottoms.filter((b) => b !== undefined), 60);
-    for (const [key, value] of Object.entries({ width, height, viewBox: `0 0 ${width} ${height}` })) this.root.setAttribute(key, value);
-    for (const service of snapshot.services) this.makeCard(service, places.get(service.name));
-    for (const edge of snapshot.edges) if (places.has(edge.caller) && places.has(edge.service)) this.makeEdge(edge, places);
+    const services = new Map(snapshot.services.map((service) => [service.name, service]));
+    const edges = snapshot.edges.filter((edge) => services.has(edge.caller) && services.has(edge.service));
+    this.layers = layers([...services.keys()], edges);
+    const callers = new Map([...services.keys()].map((name) => [name, edges.filter((edge) => edge.service === name)]));
+    const width = narrow ? Math.max(220, this.width - MARGIN - GUTTER) : CARD;
+    const heightOf = (service) => {
+      const content = HEAD + Math.max(1, noted.get(service.name).length) * NOTE + service.versions.reduce((sum, version) => sum + heightOfVersion(version, width), 0) + FOOT;
+      return narrow ? content : Math.max(content, PORT * (callers.get(service.name).length + 1));
+    };
+    const places = new Map();
+    this.natural = (narrow ? this.placeNarrow : this.placeWide).call(this, services, callers, heightOf, places);
+    this.root.setAttribute("viewBox", `0 0 ${this.natural.width} ${this.natural.height}`);
+    const cards = document.createDocumentFragment();
+    for (const layer of this.layers) for (const name of layer) cards.append(this.makeCard(services.get(name), places.get(name), width, Math.max(1, noted.get(name).length)));
+    this.cards.append(cards);
+    const lines = document.createDocumentFragment();
+    for (const [name, group] of callers) group.forEach((edge, index) => lines.append(narrow ? this.makeCall(edge, places, index, group.length) : this.makeEdge(edge, places, index)));
+    this.edges.append(lines);
+    if (focused) this.parts.get(`card/${focused}`)?.card.focus();
   }
 
-  makeCard(service, place) {
-    const name = svg("text", { class: "name", x: 12, y: 22 }), figures = svg("text", { x: 12, y: 44, class: "soft" });
-    const card = svg("g", { class: "card", transform: `translate(${place.x} ${place.y})`, tabindex: 0, role: "button" },
-      svg("rect", { width: CARD, height: place.height, rx: 10 }), name, figures);
-    card.addEventListener("click", () => this.onChoose(service.name));
-    card.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); this.onChoose(service.name); }
+  placeWide(services, callers, heightOf, places) {
+    const heights = this.layers.map((layer) => layer.reduce((sum, name) => sum + heightOf(services.get(name)) + GAP_Y, -GAP_Y));
+    const tallest = Math.max(...heights, 60);
+    this.layers.forEach((layer, column) => {
+      let y = MARGIN + (services.size <= 12 ? (tallest - heights[column]) / 2 : 0);
+      for (const name of layer) {
+        const height = heightOf(services.get(name));
+        places.set(name, { x: MARGIN + column * (CARD + LABEL + BEND), y, width: CARD, height, column });
+        y += height + GAP_Y;
+      }
     });
-    let y = HEAD;
+    return { width: 2 * MARGIN + this.layers.length * CARD + (this.layers.length - 1) * (LABEL + BEND), height: tallest + 2 * MARGIN };
+  }
+
+  placeNarrow(services, callers, heightOf, places) {
+    let y = MARGIN;
+    for (const layer of this.layers) for (const name of layer) {
+      y += callers.get(name).length * CALL;
+      const height = heightOf(services.get(name)), width = Math.max(220, this.width - MARGIN - GUTTER);
+      places.set(name, { x: GUTTER, y, width, height, column: 0, index: places.size });
+      y += height + GAP_Y;
+    }
+    return { width: Math.max(220 + GUTTER + MARGIN, this.width), height: y };
+  }
+
+  makeCard(service, place, width, noteLines) {
+    const name = svg("text", { class: "name", x: PADDING, y: 24 }), word = svg("text", { class: "word", x: width - PADDING, y: 24 });
+    const at = [0, 0.33, 0.73].map((share) => PADDING + share * (width - 2 * PADDING));
+    const values = at.map((x) => svg("text", { class: "value", x, y: 50 }));
+    const units = ["", "success", "p99 ms"].map((text, n) => svg("text", { class: "unit", x: at[n], y: 66 }, text));
+    const lines = Array.from({ length: noteLines }, (_, n) => svg("text", { class: "note", x: PADDING, y: HEAD + 10 + n * NOTE }));
+    const card = svg("g", { class: "card", transform: `translate(${place.x} ${place.y})`, tabindex: -1, role: "button", "data-service": service.name },
+      svg("rect", { class: "back", width, height: place.height, rx: 10 }), svg("rect", { class: "stripe", x: 0, y: 10, width: 5, height: place.height - 20, rx: 2.5 }), name, word, ...values, ...units, ...lines);
+    card.addEventListener("click", () => { this.onChoose(service.name); });
+    let y = HEAD + noteLines * NOTE;
     for (const version of service.versions) {
-      const label = svg("text", { x: 12, y: y + 12 });
+      const label = svg("text", { class: "version", x: PADDING, y: y + 14 });
       card.append(label);
       this.parts.set(`version/${service.name}/${version.version}`, label);
-      y += VERSION;
+      const top = y + VERSION;
       version.instances.forEach((instance, index) => {
-        const x = 12 + (index % PER_ROW) * (CELL + 1.3), at = y + Math.floor(index / PER_ROW) * CELL;
-        const title = svg("title"), symbol = svg("text", { x: x + 7.5, y: at + 12 });
-        const cell = svg("g", { class: "cell" }, svg("rect", { x, y: at, width: 15, height: 15, rx: 3 }), symbol, title);
-        card.append(cell);
-        this.parts.set(`instance/${service.name}/${instance.id}`, { cell, symbol, title });
+        if (inRows(version)) this.makeRow(card, service, instance, top + index * ROW, width);
+        else this.makeCell(card, service, instance, PADDING + (index % perRow(width)) * CELL, top + Math.floor(index / perRow(width)) * CELL);
       });
-      y += rowsOf(version) * CELL + 6;
+      if (!version.instances.length) card.append(svg("text", { class: "unit", x: PADDING, y: top + 13 }, "no instances"));
+      y += heightOfVersion(version, width);
     }
-    this.cards.append(card);
-    this.parts.set(`card/${service.name}`, { card, name, figures });
+    this.parts.set(`card/${service.name}`, { card, name, word, values, unit: units[0], lines, width });
+    return card;
   }
 
-  makeEdge(edge, places) {
+  makeRow(card, service, instance, y, width) {
+    const symbol = svg("text", { x: 8, y: 12.5 }), label = svg("text", { class: "id", x: 22, y: 12.5 }, clip(shortId(service.name, instance.id), 64, 12));
+    const figures = svg("text", { class: "figures", x: width - 2 * PADDING - 6, y: 12.5 });
+    const cell = svg("g", { transform: `translate(${PADDING} ${y})` }, svg("rect", { width: width - 2 * PADDING, height: 17, rx: 3 }), symbol, label, figures);
+    card.append(cell);
+    this.parts.set(`instance/${service.name}/${instance.id}`, { cell, symbol, figures });
+  }
+
+  makeCell(card, service, instance, x, y) {
+    const cell = CELL_TEMPLATE.cloneNode(true);
+    cell.setAttribute("transform", `translate(${x} ${y})`);
+    card.append(cell);
+    this.parts.set(`instance/${service.name}/${instance.id}`, { cell, symbol: cell.lastChild, figures: null });
+  }
+
+  // Each call arrives at a port of its own, after a straight piece that carries its label.
+  makeEdge(edge, places, index) {
     const from = places.get(edge.caller), to = places.get(edge.service);
-    const forward = to.x > from.x;
-    const x1 = forward ? from.x + CARD : from.x, x2 = forward ? to.x : to.x + CARD;
-    const y1 = from.y + 30, y2 = to.y + 30, bend = forward ? GAP_X / 2 : -GAP_X / 2;
-    // Two thirds along the curve: near the callee, where edges that leave one caller lie apart.
-    const t = 0.66, u = 1 - t, c = [u * u * u, 3 * u * u * t, 3 * u * t * t, t * t * t];
-    const x = c[0] * x1 + c[1] * (x1 + bend) + c[2] * (x2 - bend) + c[3] * x2, y = (c[0] + c[1]) * y1 + (c[2] + c[3]) * y2;
-    const label = svg("text", { x, y: y - 18, "text-anchor": "middle" });
-    const second = svg("text", { x, y: y - 5, "text-anchor": "middle" });
-    const title = svg("title");
-    const group = svg("g", { class: "edge" }, svg("path", { d: `M${x1} ${y1} C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}` }), label, second, title);
-    this.edges.append(group);
-    this.parts.set(`edge/${edge.caller}/${edge.service}`, { group, label, second, title });
+    const y1 = from.y + 40, y2 = to.y + 40 + index * PORT;
+    if (to.column > from.column) {
+      const x1 = from.x + CARD, x2 = to.x, x = x2 - LABEL;
+      return this.edgeParts(edge, `M${x1} ${y1}C${x1 + BEND} ${y1} ${x - BEND} ${y2} ${x} ${y2}H${x2}`, `M${x2 - 7} ${y2 - 4.5}L${x2 - 1} ${y2}L${x2 - 7} ${y2 + 4.5}`, x + 2, y2);
+    }
+    const x1 = from.x, x2 = to.x + CARD, bottom = Math.max(from.y + from.height, to.y + to.height) + 14;
+    return this.edgeParts(edge, `M${x1} ${y1}C${x1 - 40} ${bottom} ${x2 + 40} ${bottom} ${x2} ${y2}`, `M${x2 + 7} ${y2 - 4.5}L${x2 + 1} ${y2}L${x2 + 7} ${y2 + 4.5}`, Math.min(x1, x2) + 8, bottom - 8);
   }
 
-  fill(service, chosen) {
-    const { card, name, figures } = this.parts.get(`card/${service.name}`);
+  makeCall(edge, places, index, count) {
+    const from = places.get(edge.caller), to = places.get(edge.service);
+    const y = to.y - (count - index) * CALL + 14, lane = 5 + (from.index % 3) * 6, y1 = from.y + 40;
+    const down = y > y1 ? 1 : -1;
+    return this.edgeParts(edge, `M${GUTTER} ${y1}Q${lane} ${y1} ${lane} ${y1 + 12 * down}V${y - 10 * down}Q${lane} ${y} ${lane + 10} ${y}H${GUTTER - 4}`, `M${GUTTER - 10} ${y - 4}L${GUTTER - 4} ${y}L${GUTTER - 10} ${y + 4}`, GUTTER, y + 9);
+  }
+
+  edgeParts(edge, path, arrow, x, y) {
+    const lock = svg("path", { class: "lock", transform: `translate(${x} ${y - 17})` });
+    const label = svg("text", { x: x + 16, y: y - 6 });
+    const group = svg("g", {}, svg("path", { class: "way", d: path }), svg("path", { class: "arrow", d: arrow }), lock, label);
+    group.edge = edge;
+    this.parts.set(`edge/${edge.caller}/${edge.service}`, { group, lock, label });
+    return group;
+  }
+
+  // `made`: requests/s that the service makes itself, where it is one that makes load.
+  fill(service, chosen, noted, made) {
+    const { card, name, word, values, unit, lines, width } = this.parts.get(`card/${service.name}`);
     const now = state(service);
-    setText(name, `${now.symbol} ${service.name}`);
-    setAttribute(name, "class", `name ${now.class}`);
-    setText(figures, `${rate(service.rps)}/s  ${percent(service.success_rate)}  p99 ${ms(service.p99_ms)} ms`);
-    setAttribute(card, "class", chosen ? "card chosen" : "card");
-    setAttribute(card, "aria-pressed", chosen);
-    setAttribute(card, "aria-label", `${service.name}: ${now.word}, ${rate(service.rps)} requests per second, ${percent(service.success_rate)} success, p99 ${ms(service.p99_ms)} ms`);
+    setText(name, clip(`${now.symbol} ${service.name}`, width - 90, 15));
+    const maker = made !== undefined && !service.requests;
+    setText(word, maker ? "makes load" : now.word);
+    setText(values[0], rate(maker ? made : service.rps));
+    setText(unit, maker ? "calls/s" : "requests/s");
+    setText(values[1], percent(service.success_rate));
+    setText(values[2], ms(service.p99_ms));
+    lines.forEach((line, index) => setText(line, clip(noted[index] ?? "", width - 2 * PADDING, 12)));
+    setAttribute(card, "class", `card ${now.class}${chosen ? " chosen" : ""}`);
+    setAttribute(card, "aria-pressed", String(chosen));
+    setAttribute(card, "tabindex", chosen ? "0" : "-1");
+    setAttribute(card, "aria-label", `${service.name}: ${says(service)}. ${noted.length ? `${noted.join(". ")}. ` : ""}Instances: ${countsOf(service)}`);
     for (const version of service.versions) {
-      const share = version.weight === null || version.weight === undefined ? "" : `  ${version.weight} %`;
-      setText(this.parts.get(`version/${service.name}/${version.version}`), `${version.version}${share}`);
+      setText(this.parts.get(`version/${service.name}/${version.version}`), version.weight === null || version.weight === undefined ? version.version : `${version.version} · ${version.weight} % of the traffic`);
       for (const instance of version.instances) {
-        const { cell, symbol, title } = this.parts.get(`instance/${service.name}/${instance.id}`), is = state(instance);
+        const { cell, symbol, figures } = this.parts.get(`instance/${service.name}/${instance.id}`), is = state(instance);
         setAttribute(cell, "class", `cell ${is.class}`);
         setText(symbol, is.symbol);
-        setText(title, `${instance.id}: ${is.word}; ${rate(instance.rps)}/s, ${percent(instance.success_rate)}, p99 ${ms(instance.p99_ms)} ms`);
+        if (figures) setText(figures, is.class === "off" ? is.word : `${rate(instance.rps)}/s  ${percent(instance.success_rate)}  ${withMs(instance.p99_ms)}`);
+        cell.instance = instance;
       }
     }
   }
 
-  fillEdge(edge) {
+  fillEdge(edge, narrow) {
     const part = this.parts.get(`edge/${edge.caller}/${edge.service}`);
     if (!part) return;
-    const now = state(edge), lock = edge.secured ? "🔒" : "🔓 plain";
+    const now = state(edge), called = edge.requests > 0 || edge.denied > 0;
     setAttribute(part.group, "class", `edge ${now.class}`);
-    setText(part.label, `${lock} ${rate(edge.rps)}/s ${now.symbol}`);
-    setText(part.second, `p99 ${ms(edge.p99_ms)} ms`);
-    setText(part.title, `${edge.caller} calls ${edge.service}: ${now.word}, ${percent(edge.success_rate)} success, ${edge.secured ? "mutual TLS" : "not secured"}`);
+    setAttribute(part.lock, "d", edge.secured ? LOCKED : UNLOCKED);
+    setAttribute(part.lock, "class", !called ? "lock none" : edge.secured ? "lock" : "lock open");
+    const text = edge.denied > 0 && !edge.requests ? `${now.symbol} denied` : !called ? "no requests" : `${now.symbol} ${rate(edge.rps)}/s · p99 ${withMs(edge.p99_ms)}`;
+    setText(part.label, narrow ? `from ${edge.caller}: ${text}` : text);
+    part.group.edge = edge;
+  }
+
+  // Arrow keys go from card to card: up and down within a column, left and right to the nearest of the next one.
+  move(event) {
+    const card = event.target.closest?.("[data-service]");
+    if (!card) return;
+    const name = card.dataset.service;
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      return this.onChoose(name);
+    }
+    const step = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const column = this.layers.findIndex((layer) => layer.includes(name)), row = this.layers[column].indexOf(name);
+    const layer = this.layers[column + step[0]];
+    if (!layer) return;
+    const next = step[0] ? layer[Math.min(layer.length - 1, Math.floor(((row + 0.5) / this.layers[column].length) * layer.length))] : layer[row + step[1]];
+    this.parts.get(`card/${next}`)?.card.focus();
+  }
+
+  // What a pointer rests on is explained then, not for everything in every second.
+  explain(event) {
+    const cell = event.target.closest?.(".cell"), group = event.target.closest?.(".edge");
+    const element = cell ?? group;
+    if (!element) return;
+    let title = element.querySelector("title");
+    if (!title) element.append(title = svg("title"));
+    if (cell?.instance) setText(title, `${cell.instance.id}: ${says(cell.instance)}${cell.instance.revision ? `, revision ${cell.instance.revision}` : ""}`);
+    if (group) setText(title, `${group.edge.caller} calls ${group.edge.service}: ${says(group.edge)}; ${group.edge.secured ? "mutual TLS" : "not secured"} (${clock(this.last[0].time)})`);
   }
 }

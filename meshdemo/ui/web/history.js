@@ -1,87 +1,145 @@
-// The golden signals of one service over the last 10 minutes, with faults, violations and remedies drawn into
-// the same time line, so that cause and effect are seen together.
+// The golden signals of one service over the last minutes, above them on the same time line what happened: faults,
+// violated objectives, remedies; so that cause and effect are seen together.
 
-import { clock, ms, percent, rate, setAttribute, setText, svg } from "./words.js";
+import { clock, html, ms, percent, rate, setAttribute, setText, svg, withMs } from "./words.js";
 
-const SPAN_S = 600, WIDTH = 720, LEFT = 56, RIGHT = 8, PLOT = 92, GAP = 26, TOP = 18;
+const LEFT = 66, RIGHT = 10, LANE = 20, LANE_GAP = 3, TITLE = 22, GAP = 12, AXIS = 20;
+const LANES = [["fault", "fault"], ["violated", "violated"], ["remedy", "remedy"]];
 const PANELS = [
-  { title: "Requests/s", lines: [["rps", "rps"]], format: rate },
-  { title: "Success rate", lines: [["success_rate", "success"]], format: percent, top: 1, bottomOf: (low) => Math.min(0.9, Math.floor(low * 10) / 10) },
-  { title: "Latency ms", lines: [["p50_ms", "p50"], ["p95_ms", "p95"], ["p99_ms", "p99"]], format: ms, legend: true },
+  { title: "Requests/s", lines: [["rps", "rps", "answered"], ["refused", "refused", "refused"]], format: (value) => String(value) },
+  { title: "Success", lines: [["effective_success_rate", "effective", "after retries"], ["success_rate", "success", "answered"]], format: (value) => `${Number((value * 100).toFixed(1))} %`, top: 1, bottomOf: (low) => Math.max(0, Math.min(0.9, Math.floor(low * 10) / 10)) },
+  { title: "Latency", lines: [["p50_ms", "p50", "p50"], ["p95_ms", "p95", "p95"], ["p99_ms", "p99", "p99"]], format: (value) => `${value} ms` },
 ];
-const WORDS = { violated: "objective violated", healed: "healed", acted: "remedy", gave_up: "gave up", fault: "fault" };
 
 export class History {
   constructor(host) {
-    const height = TOP + PANELS.length * (PLOT + GAP);
-    this.root = svg("svg", { viewBox: `0 0 ${WIDTH} ${height}`, width: "100%", tabindex: 0, role: "img" });
-    this.bands = svg("g");
-    this.root.append(this.bands);
-    this.panels = PANELS.map((panel, index) => this.makePanel(panel, TOP + index * (PLOT + GAP)));
-    this.cursor = svg("line", { class: "cursor", y1: TOP, y2: height - GAP, visibility: "hidden" });
-    this.root.append(this.cursor);
-    this.readout = Object.assign(document.createElement("p"), { className: "hint" });
+    this.host = host;
+    this.root = svg("svg", { tabindex: 0, role: "img", class: "history" });
+    this.readout = html("p", { className: "readout" });
     this.readout.setAttribute("aria-live", "polite");
-    this.list = Object.assign(document.createElement("ul"), { className: "hidden" });
+    this.list = html("ul", { className: "hidden" });
     host.append(this.root, this.readout, this.list);
     this.points = [];
+    this.marks = [];
+    this.span = 600;
     this.at = null;
+    this.width = 600;
+    this.build();
+    new ResizeObserver(([entry]) => {
+      const width = Math.max(280, Math.floor(entry.contentRect.width));
+      if (width === this.width) return;
+      this.width = width;
+      this.build();
+      this.draw();
+    }).observe(host);
     this.root.addEventListener("pointermove", (event) => {
       const box = this.root.getBoundingClientRect();
-      this.point(this.from + (((event.clientX - box.left) / box.width) * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT) * SPAN_S);
+      this.point(this.from + ((event.clientX - box.left - LEFT) / (this.width - LEFT - RIGHT)) * this.span);
     });
     this.root.addEventListener("pointerleave", () => this.point(null));
+    this.root.addEventListener("blur", () => this.point(null));
     this.root.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: -5, ArrowRight: 5, Home: -SPAN_S, End: SPAN_S }[event.key];
+      const step = { ArrowLeft: -this.span / 120, ArrowRight: this.span / 120, Home: -this.span, End: this.span }[event.key];
       if (step === undefined) return;
       event.preventDefault();
       this.point(Math.min(this.to, Math.max(this.from, (this.at ?? this.to) + step)));
     });
   }
 
-  makePanel(panel, y) {
-    const title = svg("text", { x: LEFT, y: y - 5, class: "name" }, panel.title);
-    const high = svg("text", { x: LEFT - 6, y: y + 9, class: "tick", "text-anchor": "end" });
-    const low = svg("text", { x: LEFT - 6, y: y + PLOT, class: "tick", "text-anchor": "end" });
-    const axis = svg("path", { class: "axis", fill: "none", d: `M${LEFT} ${y}V${y + PLOT}H${WIDTH - RIGHT}` });
-    const lines = panel.lines.map(([, name]) => svg("path", { class: `line ${name}` }));
-    this.root.append(title, high, low, axis, ...lines);
-    if (panel.legend) panel.lines.forEach(([, name], index) => this.root.append(svg("text", { x: LEFT + 110 + index * 60, y: y - 5, class: name }, ["━", "╍", "┅"][index] + " " + name)));
-    return { ...panel, y, high, low, elements: lines };
+  // One unit is one pixel, so that the writing has its size on a phone too.
+  build() {
+    const plot = this.width < 500 ? 70 : 92;
+    this.root.replaceChildren();
+    this.bands = this.root.appendChild(svg("g"));
+    this.lanesTop = 2;
+    LANES.forEach(([kind, title], index) => {
+      const y = this.lanesTop + index * (LANE + LANE_GAP);
+      this.root.append(svg("text", { class: "tick", x: LEFT - 8, y: y + 14, "text-anchor": "end" }, title), svg("rect", { class: "lane", x: LEFT, y, width: this.width - LEFT - RIGHT, height: LANE, rx: 3 }));
+    });
+    this.happened = this.root.appendChild(svg("g"));
+    let y = this.lanesTop + LANES.length * (LANE + LANE_GAP) + 4;
+    this.panels = PANELS.map((panel) => {
+      const top = y + TITLE;
+      y = top + plot + GAP;
+      return this.makePanel(panel, top, plot);
+    });
+    this.bottom = y - GAP;
+    this.ticks = this.root.appendChild(svg("g"));
+    this.ticksOf = 0;
+    this.cursor = this.root.appendChild(svg("path", { class: "cursor", visibility: "hidden" }));
+    this.height = this.bottom + AXIS;
+    for (const [name, value] of [["viewBox", `0 0 ${this.width} ${this.height}`], ["width", this.width], ["height", this.height]]) this.root.setAttribute(name, value);
+    this.drawn = "";
   }
 
-  x(time) { return LEFT + ((time - this.from) / SPAN_S) * (WIDTH - LEFT - RIGHT); }
+  makePanel(panel, y, plot) {
+    const right = this.width - RIGHT;
+    this.root.append(svg("text", { x: LEFT, y: y - 7, class: "name" }, panel.title));
+    const grid = svg("path", { class: "grid", d: `M${LEFT} ${y}H${right}M${LEFT} ${y + plot / 2}H${right}` });
+    const ticks = [0, 0.5, 1].map((share) => svg("text", { x: LEFT - 8, y: y + share * plot + 4, class: "tick", "text-anchor": "end" }));
+    const lines = panel.lines.map(([, name]) => svg("path", { class: `line ${name}` }));
+    const axis = svg("path", { class: "axis", d: `M${LEFT} ${y}V${y + plot}H${right}` });
+    this.root.append(grid, ...ticks, axis, ...lines);
+    let x = right - panel.lines.reduce((sum, [, , title]) => sum + wide(title), 0);
+    const legend = panel.lines.map(([, name, title]) => {
+      const group = svg("g", {}, svg("path", { class: `line ${name}`, d: `M${x} ${y - 11}h18` }), svg("text", { class: "tick", x: x + 22, y: y - 7 }, title));
+      x += wide(title);
+      this.root.append(group);
+      return group;
+    });
+    return { ...panel, y, plot, ticks, elements: lines, legend };
+  }
 
-  update(name, points, now, marks) {
-    this.points = points;
-    this.to = now;
-    this.from = now - SPAN_S;
-    for (const panel of this.panels) this.drawPanel(panel);
-    this.drawBands(marks);
-    const last = points.at(-1);
-    setAttribute(this.root, "aria-label", `Golden signals of ${name}, last 10 minutes. Now ${rate(last?.rps)} requests per second, ${percent(last?.success_rate)} success, p99 ${ms(last?.p99_ms)} ms. Arrow keys read single points.`);
+  x(time) { return LEFT + ((time - this.from) / this.span) * (this.width - LEFT - RIGHT); }
+
+  update(name, points, now, marks, span) {
+    Object.assign(this, { name, points, marks, span, to: now, from: now - span });
+    this.draw();
+  }
+
+  draw() {
+    if (!this.to) return;
+    const shown = this.points.filter((point) => point.time >= this.from - 2);
+    for (const panel of this.panels) this.drawPanel(panel, shown);
+    this.drawTicks();
+    this.drawMarks();
+    const last = this.points.at(-1);
+    setAttribute(this.root, "aria-label", `Golden signals of ${this.name}, last ${this.span / 60} minutes. Now ${rate(last?.rps)} requests per second, ${percent(last?.success_rate)} success, p99 ${withMs(last?.p99_ms)}. Left and right arrow keys read single points.`);
     this.point(this.at);
   }
 
-  drawPanel(panel) {
+  drawTicks() {
+    if (this.ticksOf === this.span) return;
+    this.ticksOf = this.span;
+    const steps = this.span % 300 ? 4 : 5, ticks = [];
+    for (let step = 0; step <= steps; step += 1) {
+      const ago = Math.round(this.span * (1 - step / steps)), x = LEFT + (step / steps) * (this.width - LEFT - RIGHT), last = step === steps;
+      const text = last ? "now" : ago % 60 ? `−${ago} s` : `−${ago / 60} min`;
+      ticks.push(svg("path", { class: "grid", d: `M${x} ${this.bottom}v4` }), svg("text", { class: "tick", x: last ? this.width - 2 : x, y: this.bottom + 16, "text-anchor": last ? "end" : "middle" }, text));
+    }
+    this.ticks.replaceChildren(...ticks);
+  }
+
+  drawPanel(panel, points) {
     let low = Infinity, high = 0;
-    for (const point of this.points) for (const [key] of panel.lines) {
+    const used = panel.lines.map(() => false);
+    for (const point of points) panel.lines.forEach(([key], index) => {
       const value = point[key];
-      if (value === null || value === undefined) continue;
+      if (value === null || value === undefined) return;
+      used[index] = true;
       if (value < low) low = value;
       if (value > high) high = value;
-    }
-    const top = panel.top ?? Math.max(high * 1.1, 1e-9), bottom = panel.bottomOf && low < Infinity ? panel.bottomOf(low) : 0;
-    setText(panel.high, high || panel.top ? panel.format(top) : "");
-    setText(panel.low, panel.format(bottom));
+    });
+    const top = panel.top ?? nice(high), bottom = panel.bottomOf && low < Infinity ? panel.bottomOf(low) : 0;
+    [top, Number(((top + bottom) / 2).toPrecision(4)), bottom].forEach((value, index) => setText(panel.ticks[index], points.length ? panel.format(value) : ""));
     panel.lines.forEach(([key], index) => {
+      setAttribute(panel.legend[index], "visibility", used[index] || panel.lines.length > 2 ? "visible" : "hidden");
       let path = "", pen = "M", before = -Infinity;
-      for (const point of this.points) {
+      for (const point of points) {
         const value = point[key];
-        if (point.time < this.from) continue;
         if (value === null || value === undefined) { pen = "M"; continue; }
         if (point.time - before > 5) pen = "M"; // a gap is a gap, not a line
-        path += `${pen}${this.x(point.time).toFixed(1)} ${(panel.y + PLOT - ((value - bottom) / (top - bottom || 1)) * PLOT).toFixed(1)}`;
+        path += `${pen}${Math.max(LEFT, this.x(point.time)).toFixed(1)} ${(panel.y + panel.plot - ((value - bottom) / (top - bottom || 1)) * panel.plot).toFixed(1)}`;
         pen = "L";
         before = point.time;
       }
@@ -89,25 +147,34 @@ export class History {
     });
   }
 
-  drawBands(marks) {
-    const key = JSON.stringify([marks, Math.round(this.to)]);
+  // Each kind in its lane, with words where there is room for them; faults and violations shade the charts below.
+  drawMarks() {
+    const key = JSON.stringify([this.marks, Math.round(this.to), this.span]);
     if (key === this.drawn) return;
     this.drawn = key;
-    const height = TOP + PANELS.length * (PLOT + GAP) - GAP;
-    const parts = [], words = [];
-    for (const mark of marks) {
-      const start = Math.max(mark.start, this.from), end = Math.min(mark.end ?? this.to, this.to);
+    const bands = [], happened = [], words = [];
+    const ends = LANES.map(() => -Infinity);
+    for (const mark of this.marks) {
+      const end = Math.min(mark.end ?? this.to, this.to);
       if (end < this.from) continue;
-      const title = svg("title", {}, `${WORDS[mark.kind] ?? mark.kind}: ${mark.text}, ${clock(mark.start)}`);
-      words.push(Object.assign(document.createElement("li"), { textContent: title.textContent }));
-      if (mark.kind === "fault" || mark.kind === "violated") {
-        parts.push(svg("rect", { class: mark.kind === "fault" ? "fault" : "violation", x: this.x(start), width: Math.max(2, this.x(end) - this.x(start)), y: TOP, height: height - TOP }, title));
-      } else parts.push(svg("line", { class: "mark", x1: this.x(start), x2: this.x(start), y1: TOP, y2: height }, title));
-      const symbol = { fault: "⚡", violated: "✕", acted: "⚕", healed: "✓", gave_up: "☹" }[mark.kind] ?? "•";
-      const above = mark.kind === "fault" || mark.kind === "violated";
-      parts.push(svg("text", { x: this.x(start) + (mark.kind === "violated" || mark.kind === "healed" ? 14 : 0), y: above ? 10 : height + 14, class: "tick" }, symbol));
+      const lane = LANES.findIndex(([kind]) => kind === mark.kind), y = this.lanesTop + lane * (LANE + LANE_GAP);
+      const x1 = this.x(Math.max(mark.start, this.from)), x2 = Math.max(x1 + 4, this.x(end));
+      const text = `${mark.symbol} ${mark.text}`;
+      words.push(html("li", { textContent: `${clock(mark.start)}: ${mark.word}: ${mark.text}` }));
+      const title = svg("title", {}, `${clock(mark.start)} ${mark.word}: ${mark.text}`);
+      happened.push(svg("rect", { class: `mark ${mark.class}`, x: x1, y, width: x2 - x1, height: LANE, rx: 3 }, title));
+      if (mark.kind !== "remedy") bands.push(svg("rect", { class: `band ${mark.class}`, x: x1, y: this.lanesTop, width: x2 - x1, height: this.bottom - this.lanesTop }));
+      else bands.push(svg("path", { class: "moment", d: `M${x1} ${y + LANE}V${this.bottom}` }));
+      // The words stand in the bar, or behind it, or (at the right end) before it.
+      const needs = text.length * 6.6 + 6, right = this.width - RIGHT;
+      const room = x2 - x1 >= needs ? x1 + 4 : x2 + 4 + needs <= right ? x2 + 4 : x1 - needs;
+      const shown = room > ends[lane] && room > LEFT;
+      const symbolAt = Math.max(x1 - 1, ends[lane]);
+      happened.push(svg("text", { class: `said ${mark.class}`, x: shown ? room : Math.min(x2 + 3, right - 12), y: y + 14 }, shown ? text : symbolAt < x2 + 3 ? mark.symbol : ""));
+      ends[lane] = Math.max(x2, shown ? room + needs : x2 + 14);
     }
-    this.bands.replaceChildren(...parts);
+    this.bands.replaceChildren(...bands);
+    this.happened.replaceChildren(...happened);
     this.list.replaceChildren(...words);
   }
 
@@ -116,12 +183,23 @@ export class History {
     let nearest = null;
     if (time !== null) for (const point of this.points) if (!nearest || Math.abs(point.time - time) < Math.abs(nearest.time - time)) nearest = point;
     if (!nearest) {
-      this.cursor.setAttribute("visibility", "hidden");
-      setText(this.readout, "⚡ fault   ✕ objective violated   ⚕ remedy   ✓ healed");
-      return;
+      setAttribute(this.cursor, "visibility", "hidden");
+      return setText(this.readout, "Point at the chart, or use the arrow keys, to read it.");
     }
-    for (const name of ["x1", "x2"]) this.cursor.setAttribute(name, this.x(nearest.time));
-    this.cursor.setAttribute("visibility", "visible");
-    setText(this.readout, `${clock(nearest.time)}: ${rate(nearest.rps)} requests/s, ${percent(nearest.success_rate)} success, p50 ${ms(nearest.p50_ms)}, p95 ${ms(nearest.p95_ms)}, p99 ${ms(nearest.p99_ms)} ms`);
+    const x = this.x(nearest.time).toFixed(1);
+    setAttribute(this.cursor, "d", `M${x} ${this.lanesTop}V${this.bottom}`);
+    setAttribute(this.cursor, "visibility", "visible");
+    const then = this.marks.filter((mark) => mark.start <= nearest.time + 1 && nearest.time - 1 <= (mark.end ?? this.to));
+    setText(this.readout, `${clock(nearest.time)}: ${rate(nearest.rps)} requests/s, ${percent(nearest.success_rate)} success, p50 ${ms(nearest.p50_ms)}, p95 ${ms(nearest.p95_ms)}, p99 ${withMs(nearest.p99_ms)}${then.map((mark) => ` · ${mark.symbol} ${mark.text}`).join("")}`);
   }
+}
+
+// How wide an entry of a legend is, about.
+const wide = (title) => 30 + title.length * 6.6;
+
+// The next of 1, 2, 4 times a power of ten, so that the axis does not jump with every point.
+function nice(value) {
+  if (!(value > 0)) return 1;
+  const power = 10 ** Math.floor(Math.log10(value));
+  return Number((power * [1, 2, 4, 10].find((step) => step * power >= value)).toPrecision(3));
 }

@@ -4,33 +4,39 @@ import { setAttribute, setText } from "./words.js";
 
 export class Table {
   // columns: functions from a row to {text, class} or a text; a class "n" is a number, "wide" may wrap.
-  constructor(body, keyOf, columns) {
+  constructor(body, keyOf, columns, nothing) {
     this.body = body;
     this.keyOf = keyOf;
     this.columns = columns;
     this.rows = new Map();
+    const cell = document.createElement("td");
+    cell.colSpan = columns.length;
+    cell.className = "off";
+    cell.textContent = nothing;
+    this.nothing = document.createElement("tr");
+    this.nothing.append(cell);
+    this.update([]);
   }
 
   update(rows) {
-    const order = [];
-    const seen = new Set();
+    const order = [], kept = new Map();
     for (const row of rows) {
       const key = this.keyOf(row);
-      seen.add(key);
-      let element = this.rows.get(key);
-      if (!element) {
-        element = document.createElement("tr");
-        for (let i = 0; i < this.columns.length; i += 1) element.append(document.createElement("td"));
-        this.rows.set(key, element);
+      let cells = this.rows.get(key);
+      if (!cells) {
+        const element = document.createElement("tr");
+        cells = this.columns.map(() => element.appendChild(document.createElement("td")));
       }
+      kept.set(key, cells);
       this.columns.forEach((column, index) => {
-        const value = column(row), cell = element.children[index];
-        setText(cell, typeof value === "string" ? value : value.text);
-        setAttribute(cell, "class", typeof value === "string" ? "" : value.class);
+        const value = column(row), plain = typeof value === "string";
+        setText(cells[index], plain ? value : value.text);
+        setAttribute(cells[index], "class", plain ? "" : value.class);
       });
-      order.push(element);
+      order.push(cells[0].parentNode);
     }
-    for (const key of [...this.rows.keys()]) if (!seen.has(key)) this.rows.delete(key);
+    this.rows = kept;
+    if (!order.length) order.push(this.nothing);
     const now = this.body.children;
     if (now.length !== order.length || order.some((element, index) => now[index] !== element)) this.body.replaceChildren(...order);
   }

@@ -1,13 +1,16 @@
-// How numbers and states are said. A state is a symbol, a word and a colour class, always together.
+// How numbers and states are said. A state is a symbol, a word and a colour class, always together; the symbols
+// are those of the terminal's screens.
 
 export const STATES = {
   ok: { symbol: "✓", word: "healthy", class: "ok" },
   warn: { symbol: "!", word: "degraded", class: "warn" },
-  bad: { symbol: "✕", word: "failing", class: "bad" },
-  silent: { symbol: "?", word: "silent: its sidecar reports nothing", class: "off" },
-  ejected: { symbol: "⏏", word: "ejected from load balancing", class: "off" },
-  starting: { symbol: "…", word: "not ready", class: "off" },
-  idle: { symbol: "–", word: "no requests", class: "off" },
+  bad: { symbol: "✗", word: "failing", class: "bad" },
+  hung: { symbol: "✗", word: "hung", class: "bad" },
+  silent: { symbol: "?", word: "silent", class: "off" },
+  ejected: { symbol: "⊘", word: "ejected", class: "off" },
+  starting: { symbol: "◌", word: "not ready", class: "off" },
+  denied: { symbol: "⊘", word: "denied", class: "off" },
+  idle: { symbol: "–", word: "idle", class: "off" },
 };
 
 // The bounds are those of the default objective: 99 % is healthy, below 95 % it fails plainly.
@@ -15,48 +18,105 @@ export function state(row) {
   if (row.ready === false) return STATES.starting;
   if (row.ejected) return STATES.ejected;
   if (row.silent) return STATES.silent;
-  if (row.overdue > 0 && row.requests === 0) return STATES.bad;
+  if (row.overdue > 0 && !row.requests) return STATES.hung;
+  if (row.denied > 0 && !row.requests) return STATES.denied;
   if (row.success_rate === null || row.success_rate === undefined) return STATES.idle;
   if (row.success_rate < 0.95) return STATES.bad;
   if (row.success_rate < 0.99) return STATES.warn;
   return STATES.ok;
 }
 
+export const isUnwell = (row) => ["bad", "warn"].includes(state(row).class);
+
+const missing = (value) => value === null || value === undefined;
+
 export function rate(value) {
-  if (value === null || value === undefined) return "–";
-  return value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2);
+  if (missing(value)) return "–";
+  return value >= 100 ? value.toFixed(0) : value >= 10 || value === 0 ? value.toFixed(value === 0 ? 0 : 1) : value.toFixed(2);
 }
 
+// Never round a failure away: 100 % is said only where nothing failed.
 export function percent(value) {
-  if (value === null || value === undefined) return "–";
-  // Never round a failure away: 100 % is said only where nothing failed.
-  const text = (Math.floor(value * 10000) / 100).toFixed(2);
-  return (value === 1 ? "100" : text) + " %";
+  if (missing(value)) return "–";
+  return value === 1 ? "100 %" : `${(Math.floor(value * 10000 + 1e-6) / 100).toFixed(2)} %`;
 }
 
 export function ms(value) {
-  if (value === null || value === undefined) return "–";
+  if (missing(value)) return "–";
   return value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2);
 }
 
+export const withMs = (value) => (missing(value) ? "–" : `${ms(value)} ms`);
+
+// By hand: the first toLocaleTimeString of a page takes tens of milliseconds.
 export function clock(seconds) {
-  return new Date(seconds * 1000).toLocaleTimeString([], { hour12: false });
+  const at = new Date(seconds * 1000);
+  return [at.getHours(), at.getMinutes(), at.getSeconds()].map((part) => String(part).padStart(2, "0")).join(":");
+}
+
+export function plural(count, word) {
+  return `${count} ${word}${count === 1 ? "" : "s"}`;
+}
+
+export function faultEffect(fault) {
+  if (fault.kind === "crash" || fault.kind === "hang") return fault.kind;
+  const parts = [fault.lat_ms && `${ms(fault.lat_ms)} ms${fault.share !== undefined && fault.share < 1 ? ` for ${percent(fault.share)}` : ""}`, fault.err_rate && `${percent(fault.err_rate)} errors`];
+  return parts.filter(Boolean).join(", ");
+}
+
+export function faultPlace(fault) {
+  return [fault.instance ?? [fault.service, fault.version].filter(Boolean).join(" "), fault.route, fault.caller && `from ${fault.caller}`].filter(Boolean).join(", ");
+}
+
+// What an event of the journal says, in a line: watch brings its own words, the control plane's are put together.
+export function eventText(event) {
+  if (event.text) return event.text;
+  switch (event.event) {
+    case "fault": return `${faultEffect(event)}${event.at === "mesh" ? "" : `, in the ${event.at}`}`;
+    case "fault_cleared": return "cleared";
+    case "fault_expired": return "its time was over";
+    case "traffic": return Object.entries(event.changes ?? {}).map(([name, value]) => `${name} ${value !== null && typeof value === "object" ? Object.entries(value).map((pair) => pair.join("=")).join(",") : value}`).join(", ");
+    case "access": return `${event.caller} ${event.allowed ? "may" : "may not"} call it`;
+    case "load": return `${rate(event.rps)} requests/s`;
+    default: return [event.reason, event.error, event.remedy].filter(Boolean).join(", ");
+  }
+}
+
+const EVENTS = {
+  fault: ["⚡", "warn"], fault_cleared: ["✓", "ok"], fault_expired: ["✓", "ok"], violated: ["✗", "bad"], acted: ["◆", ""], healed: ["✓", "ok"],
+  gave_up: ["✗", "bad"], error: ["✗", "bad"], rejected: ["✗", "bad"], refused: ["⊘", "warn"], blocked: ["!", "warn"], escalated: ["!", "warn"], ejected: ["⊘", ""],
+};
+export function eventName(event) {
+  const [symbol, kind] = EVENTS[event.event] ?? ["·", ""];
+  return { text: `${symbol} ${event.event.replaceAll("_", " ")}`, class: kind };
 }
 
 const SVG = "http://www.w3.org/2000/svg";
 
 export function svg(name, attributes = {}, ...children) {
   const element = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  for (const key in attributes) element.setAttribute(key, attributes[key]);
+  if (children.length) element.append(...children);
+  return element;
+}
+
+export function html(name, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(name), properties);
   element.append(...children);
   return element;
 }
 
-// Writing to the page costs layout; most figures of most rows are the same a second later.
+// Writing to the page costs layout, and reading from it costs time too; most figures of most rows are the same a
+// second later. So what was written last is kept on the element.
 export function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  if (element.said === text) return;
+  element.said = text;
+  element.textContent = text;
 }
 
 export function setAttribute(element, name, value) {
-  if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
+  const key = `_${name}`;
+  if (element[key] === value) return;
+  element[key] = value;
+  element.setAttribute(name, value);
 }
