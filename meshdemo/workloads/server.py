@@ -271,9 +271,8 @@ def flask_app(identity: Identity) -> App:
     return app
 
 
-# Makes the app, and a function that stops what the workload does besides answering; the latter is called
-# first on a stop and may wait as long (s) as it is told.
-Build = Callable[[Environment, Identity], tuple[Flask, Callable[[float], None]]]
+# Makes the app, and a function that stops what the workload does besides answering, called first on a stop.
+Build = Callable[[Environment, Identity], tuple[Flask, Callable[[], None]]]
 
 
 def run(service: str, build: Build) -> None:
@@ -304,7 +303,7 @@ def run(service: str, build: Build) -> None:
     gc.set_threshold(10_000, 20, 100)  # requests in flight are many young objects, and no garbage
     stopping.wait()
     deadline = time.monotonic() + identity.drain_s
-    stop_work(identity.drain_s)
+    stop_work()
     server.drain(deadline)
     sys.exit(0)
 

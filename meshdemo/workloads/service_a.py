@@ -31,7 +31,7 @@ _RPS_ALLOWED = f"requests per second from 0 to {MAX_RPS:.0f}"
 _LIMIT_ALLOWED = f"a whole number from 1 to {MAX_IN_FLIGHT}"
 
 
-def build(env: Environment, identity: Identity) -> tuple[Flask, Callable[[float], None]]:
+def build(env: Environment, identity: Identity) -> tuple[Flask, Callable[[], None]]:
     """The app, from TARGET, RPS, MAX_IN_FLIGHT, TIMEOUT_S, ARRIVALS, and HTTP_PROXY and NO_PROXY.
 
     Raises:
@@ -71,7 +71,7 @@ def build(env: Environment, identity: Identity) -> tuple[Flask, Callable[[float]
 
     load.set(rps, max_in_flight)
     load.start()
-    return app, load.stop
+    return app, lambda: load.stop(identity.drain_s)
 
 
 def _metrics() -> Callable[[str, float | None], None]:

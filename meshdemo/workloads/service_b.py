@@ -17,7 +17,7 @@ from meshdemo.workloads.server import LATENCY_BUCKETS, Canned, Measured, flask_a
 from meshdemo.workloads.settings import Environment, Identity
 
 
-def build(env: Environment, identity: Identity) -> tuple[Flask, Callable[[float], None]]:
+def build(env: Environment, identity: Identity) -> tuple[Flask, Callable[[], None]]:
     """The app, from LAT_MS (ms) and ERR_RATE (0 to 1).
 
     Raises:
@@ -49,7 +49,7 @@ def build(env: Environment, identity: Identity) -> tuple[Flask, Callable[[float]
 
     app.short("/work", work)
     app.wsgi_app = Measured(app.wsgi_app, record)  # type: ignore[method-assign]
-    return app, lambda _timeout_s: None
+    return app, lambda: None
 
 
 if __name__ == "__main__":
