@@ -174,7 +174,13 @@ class _Server(WSGIServer):  # type: ignore[misc]
         self.draining = False
         address = (identity.host, identity.port)
         super().__init__(
-            address, app, backlog=_BACKLOG, log=None, handler_class=_Handler, spawn=gevent.spawn_raw
+            address,
+            app,
+            backlog=_BACKLOG,
+            log=None,
+            handler_class=_Handler,
+            spawn=gevent.spawn_raw,
+            environ={"SERVER_NAME": identity.host},  # else it asks the DNS for one, which may take long
         )
 
     def drain(self, deadline: float) -> None:
