@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import signal
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,6 +42,7 @@ def command(
     from meshdemo.remediation import policy as policies
     from meshdemo.remediation.controller import Settings, Watch
     from meshdemo.resources import DEFAULT_POLICY
+    from meshdemo.ui import tables
 
     context = _context.of(ctx)
     path = policy or DEFAULT_POLICY
@@ -57,8 +57,8 @@ def command(
     settings.policy.webhooks()  # a variable that is not set is complained about before anything starts
     lock: AbstractContextManager[None] = nullcontext() if dry_run else context.runtime.watch_lock()
     with lock:
-        watch = Watch(context.runtime, settings)
-        with _display(context, plain) as display:
+        watch = Watch(context.runtime, settings, tables.fault_words)
+        with _context.stoppable(), _display(context, plain) as display:
             _run(context, watch, display)
     if watch.error is not None:
         raise watch.error
@@ -78,7 +78,6 @@ def _display(context: _context.Context, plain: bool) -> Display:
 
 def _run(context: _context.Context, watch: Watch, display: Display) -> None:
     """Show what watch says until it ends; Ctrl-C lets it finish what it is doing, a second one does not."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     watch.start()
     stopping = False
     while True:

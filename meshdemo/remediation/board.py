@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meshdemo.control.model import Fault
@@ -42,11 +42,19 @@ class _Second:
 
 
 class Board:
-    """Keeps what the trends need, and draws the snapshot."""
+    """Keeps what the trends need, and draws the snapshot.
 
-    def __init__(self, mesh: str, runtime: str, policy: str, core: Core) -> None:
+    Args:
+        mesh, runtime, policy: names, for the head.
+        fault_words: says a fault in a few words.
+    """
+
+    def __init__(
+        self, mesh: str, runtime: str, policy: str, core: Core, fault_words: Callable[[Fault], str]
+    ) -> None:
         self._mesh, self._runtime, self._policy = mesh, runtime, policy
         self._core = core
+        self._fault_words = fault_words
         self._started_at = 0.0
         self._recent: dict[str, deque[Sample]] = {}
         self._trends: dict[str, deque[tuple[int, _Second]]] = {}
@@ -120,7 +128,7 @@ class Board:
             log=tuple(self._log),
             actions_used=core.guard.used(now),
             actions_allowed=core.policy.guardrails.max_actions.count,
-            faults=tuple(fault_words(fault) for fault in core.situation.intent.faults),
+            faults=tuple(self._fault_words(fault) for fault in core.situation.intent.faults),
         )
 
     def numbers(self, samples: Sequence[Sample]) -> Numbers:
@@ -284,12 +292,3 @@ def _incident(incident: Incident) -> IncidentView:
         detect_s=incident.detect_s,
         recover_s=incident.recover_s,
     )
-
-
-def fault_words(fault: Fault) -> str:
-    """A fault in a few words."""
-    harm = [f"{fault.lat_ms:g} ms"] if fault.lat_ms else []
-    harm += [f"{fault.err_rate * 100:g}% errors"] if fault.err_rate else []
-    what = ", ".join(harm) if fault.kind == "degrade" else fault.kind
-    where = fault.instance or " ".join(part for part in (fault.service, fault.version) if part)
-    return f"{fault.id}: {what} at the {fault.at} of {where}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meshdemo.control.client import ControlClient, SampleBatch
-from meshdemo.control.model import Intent
+from meshdemo.control.model import Fault, Intent
 from meshdemo.errors import MeshdemoError
 from meshdemo.remediation.board import Board
 from meshdemo.remediation.core import Action, Core, Result
@@ -114,9 +114,12 @@ class Watch:
     """One run of watch.
 
     `events` and `views` are what there is to show; None in `events` is the end.
+
+    Args:
+        fault_words: says a fault in a few words, for the views.
     """
 
-    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+    def __init__(self, runtime: Runtime, settings: Settings, fault_words: Callable[[Fault], str]) -> None:
         self.events: queue.Queue[Event | None] = queue.Queue()
         self.views: queue.Queue[WatchView] = queue.Queue()
         self.outcome = Outcome()
@@ -127,7 +130,7 @@ class Watch:
         self._control = runtime.control()
         self._run_id = f"w{secrets.token_hex(3)}"
         self._core = Core(settings.policy, self._run_id, dry_run=settings.dry_run)
-        self._board = Board(runtime.name, runtime.kind, settings.policy_name, self._core)
+        self._board = Board(runtime.name, runtime.kind, settings.policy_name, self._core, fault_words)
         self._remedies = Remedies(lambda: self._control, runtime, self._clock)
         self._results: queue.Queue[Result] = queue.Queue()
         self._running: set[Future[None]] = set()

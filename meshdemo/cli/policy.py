@@ -1,0 +1,71 @@
+"""`meshdemo policy`: is a policy sound, and what would it do on recorded signals?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meshdemo.cli import _context
+
+app = typer.Typer(no_args_is_help=True, help="Check a policy file, or test it on recorded signals.")
+
+
+@app.command()
+def check(
+    ctx: typer.Context, file: Annotated[Path, typer.Argument(metavar="FILE", help="The policy.")]
+) -> None:
+    """Is the policy sound? Every problem with its line and column."""
+    from meshdemo.remediation import policy as policies
+
+    context = _context.of(ctx)
+    checked = policies.check(policies.read(file))
+    if context.as_json:
+        context.emit(
+            {
+                "ok": checked.policy is not None,
+                "file": str(file),
+                "problems": [
+                    {"line": problem.line, "column": problem.column, "message": problem.message}
+                    for problem in checked.problems
+                ],
+            }
+        )
+        if checked.policy is None:
+            raise typer.Exit(2)
+        return
+    if checked.policy is None:
+        raise policies.PolicyError(str(file), checked.problems)
+    policy = checked.policy
+    context.say(f"{file} is sound: {len(policy.objectives)} objectives, {len(policy.rules)} rules")
+
+
+@app.command()
+def test(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The policy.")],
+    signals: Annotated[
+        Path,
+        typer.Option("--signals", metavar="FILE", help="Recorded with `meshdemo watch --record FILE`."),
+    ],
+) -> None:
+    """What the policy would do on recorded signals, were each remedy carried out at once."""
+    from meshdemo.remediation import policy as policies
+    from meshdemo.remediation import policytest, recording
+    from meshdemo.remediation.view import LogLine
+    from meshdemo.ui.live import event_line
+
+    context = _context.of(ctx)
+    policy = policies.load(file)
+    events = list(policytest.decisions(policy, recording.read(signals)))
+    if context.output is _context.Output.json:
+        context.emit([event.to_json() for event in events])
+        return
+    for event in events:
+        if context.as_json:
+            context.emit_line(event.to_json())
+        else:
+            context.say(event_line(LogLine(event.time, event.event, event.text)))
+    if not events:
+        context.say("the policy would do nothing: every objective holds on these signals")
