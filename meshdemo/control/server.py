@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 # Each long poll, tap or page holds one thread; the rest answer calls, some of which wait for sidecars.
 _HTTP_THREADS = 32
 _STOP_S = 1.0
+_BEAT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,12 @@ async def serve(place: Place, backend: Backend | None = None) -> None:
     _serve_http(place, control)
     record({"event": "control_plane_started", "revision": plane.intent.revision})
     log.info("serving sidecars on %s and the API on %s:%d", address, place.http_host, place.http_port)
+    listening = asyncio.create_task(_beat(store))
     following = asyncio.create_task(backend.follow(control))
     stopping = asyncio.create_task(stopped.wait())
     await asyncio.wait((following, stopping), return_when=asyncio.FIRST_COMPLETED)
     log.info("stopping")
+    listening.cancel()
     following.cancel()
     (failure,) = await asyncio.gather(following, return_exceptions=True)
     await plane.stop()
@@ -182,6 +185,12 @@ async def serve(place: Place, backend: Backend | None = None) -> None:
     await backend.stop()
     if isinstance(failure, Exception):
         raise failure
+
+
+async def _beat(store: telemetry.Store) -> None:
+    while True:
+        store.beat()
+        await asyncio.sleep(_BEAT_S)
 
 
 def _serve_http(place: Place, control: Control) -> None:

@@ -256,11 +256,12 @@ def _indices(point: metrics_pb2.HistogramDataPoint) -> tuple[int, ...]:
 
 # -- the last ten minutes ---------------------------------------------------------------------------------
 
-_RECENT_S = 15.0  # as objects
+_RECENT_S = 22.0  # as objects: `stat`'s 10 s, of sidecars that report every 5 s
 _RECENT_MAX = 40_000
 _PACKED_MAX_BYTES = 48 << 20
 _SET_CLOCK_S = 3.0  # an export that seems so late was stamped by a clock that has been set
 _LONGEST_S = 120.0  # no sidecar reports less often
+_STALL_S = 2.0  # a loop that does not beat for so long stood still
 _GATHER_S = 0.02  # who waits for samples gets those of so long at once
 
 
@@ -301,6 +302,7 @@ class Store:
         self._packed_bytes = 0
         self._reporters: dict[str, _Reporter] = {}
         self._known_since: dict[str, float] = {}
+        self._listening_since = self._last_beat = clock()
         self.duplicates = 0
 
     # -- writing
@@ -348,6 +350,28 @@ class Store:
         there = set(instances)
         self._known_since = {name: self._known_since.get(name, now) for name in there}
         self._reporters = {name: known for name, known in self._reporters.items() if name in there}
+
+    def beat(self) -> None:
+        """Say, from the loop that adds and at least every second, that it listens.
+
+        A control plane that stood still (a suspended machine, a stopped process), or whose clock was set,
+        must not take it that all sidecars fell silent meanwhile.
+        """
+        now = self._clock()
+        if not 0 <= now - self._last_beat < _STALL_S:
+            self._listening_since = now
+            if now < self._last_beat:
+                self._forget(now)
+        self._last_beat = now
+
+    def _forget(self, now: float) -> None:
+        """The clock was set back: what bears times to come would stand for now until they have come."""
+        with self._condition:
+            self._recent.clear()
+            self._packed.clear()
+            self._packed_bytes = 0
+        self._reporters = {}
+        self._known_since = dict.fromkeys(self._known_since, now)
 
     def _age(self, now: float) -> None:
         while self._recent and (self._recent[0][1] < now - _RECENT_S - 1 or len(self._recent) > _RECENT_MAX):
@@ -421,11 +445,15 @@ class Store:
 
         What it should is 2.5 of its own intervals, at least `SILENT_AFTER_S`.
         """
+        now = self._clock()
+        if now - self._last_beat > _STALL_S:
+            return False  # the loop stands still; who knows
         known = self._reporters.get(instance)
         if known is None:
-            return self._clock() - self._known_since.get(instance, self._clock()) > SILENT_AFTER_S
-        interval = min(known.sample.end - known.sample.start, 60.0)
-        return self._clock() - known.received > max(SILENT_AFTER_S, 2.5 * interval)
+            heard, interval = self._known_since.get(instance, now), 0.0
+        else:
+            heard, interval = known.received, min(known.sample.end - known.sample.start, 60.0)
+        return now - max(heard, self._listening_since) > max(SILENT_AFTER_S, 2.5 * interval)
 
 
 # Packed, a sample is a tuple of what marshal knows; its format may change with the Python version, which is
