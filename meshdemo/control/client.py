@@ -314,6 +314,12 @@ class ControlClient:
 
         return Effect.model_validate(self._call(method, path, body=body)["effect"])
 
+    # -- load
+
+    def set_load(self, rps: float) -> None:
+        """Set the rate of every instance that makes load (requests/s each); it outlives their restarts."""
+        self._call("PUT", "/v1/load", body={"rps": rps})
+
     # -- telemetry
 
     def signals(

@@ -25,6 +25,7 @@ MAX_LATENCY_MS = 3_600_000.0
 MAX_TIMEOUT_MS = 3_600_000
 MAX_RETRIES = 10
 MAX_LIMIT = 1_000_000
+MAX_RPS = 100_000.0
 
 _REQUEST_FIELDS = frozenset(
     ("id", "at", "kind", "service", "version", "instance", "route", "caller", "lat_ms", "err_rate", "share",
@@ -301,6 +302,21 @@ def forget_gone(intent: Intent, mesh: MeshState) -> Intent:
     return _next(
         intent, ejections=tuple(ejection for ejection in intent.ejections if ejection.instance in there)
     )
+
+
+# -- load -------------------------------------------------------------------------------------------------
+
+
+def set_load(intent: Intent, mesh: MeshState, rps: Any) -> Intent:
+    """The intent with another rate of the instances that make load.
+
+    Raises:
+        BadInput: a rate out of range, or an app in which nobody makes load.
+    """
+    rate = _number("load", rps, 0, MAX_RPS, "requests/s")
+    if not any(service.load for service in mesh.app.services.values()):
+        raise BadInput(f"no service of the app '{mesh.app.name}' makes load", "mark one with `load: true`")
+    return _next(intent, load_rps=rate)
 
 
 # -- checks -----------------------------------------------------------------------------------------------

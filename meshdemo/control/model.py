@@ -101,6 +101,9 @@ class Intent(_Value):
         default_factory=dict, description="'caller>service' -> allowed; absent: what the app file says"
     )
     ejections: tuple[Ejection, ...] = ()
+    load_rps: float | None = Field(
+        default=None, description="requests/s of each instance that makes load; None: what it starts with"
+    )
 
 
 class Effect(_Value):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from pydantic import ValidationError
 
-from meshdemo.control import metrics, page, telemetry
+from meshdemo.control import load, metrics, page, telemetry
 from meshdemo.control.api import Control, create_app
 from meshdemo.control.files import write_atomically
 from meshdemo.control.identity import Authenticator
@@ -204,13 +204,14 @@ def _serve_http(place: Place, control: Control) -> None:
         listen.append(place.open_listen)
     token = api_token(place.control / "api-token")
     sessions = Sessions(token, control.mesh.mesh)
-    broadcast = page.Broadcast(control)
+    broadcast, keeper = page.Broadcast(control), load.LoadKeeper(control)
     broadcast.start()
+    keeper.start()
     app: Flask = create_app(
         control,
         token=token,
         allowed_hosts=place.allowed_hosts,
-        blueprints=[page.blueprint(broadcast, sessions)],
+        blueprints=[page.blueprint(broadcast, sessions), load.blueprint(keeper)],
         authorize=[sessions.authorize],
         open_port=open_port,
     )
