@@ -1,9 +1,9 @@
 """The load that the mesh makes on itself: asked for once, kept up over restarts of those who make it.
 
 The wanted rate is part of the intent. A load-making instance knows nothing of that: it starts at the rate of
-its environment and is told another over its plain listener (`PUT /load`, an open path of the app file). So the
-control plane looks once a second at what each of them makes, and tells it again where that differs: the same on
-every runtime, whoever restarted the instance. Nothing is looked at while nobody has asked for a rate.
+its environment and is told another over its plain listener (`PUT /load`, an open path of the app file). So
+the control plane looks once a second at what each of them makes, and tells it again where that differs: the
+same on every runtime, whoever restarted the instance. Nothing is looked at while nobody has asked for a rate.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class LoadKeeper:
     def set(self, rps: float) -> dict[str, Any]:
         """Ask for another rate: in the intent, and of every instance that is ready.
 
-        Returns the rate and the instances that took it. Raises BadInput for a rate that makes no sense; Failed
-        naming the instances that did not take it. They are told again until they do.
+        Returns the rate and the instances that took it. Raises BadInput for a rate that makes no sense;
+        Failed naming the instances that did not take it. They are told again until they do.
         """
         effect = self._mesh.change(lambda intent, mesh: set_load(intent, mesh, rps))
         self._mesh.record({"event": "load", "rps": rps})

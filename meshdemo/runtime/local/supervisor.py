@@ -6,7 +6,7 @@ does what LocalRuntime asks of it over a Unix socket: one JSON object in, one ou
 
 All of it runs on one asyncio loop; what would block (the control plane's client) is given to a thread.
 Started as `python -m meshdemo.runtime.local.supervisor --state DIR`, in a session of its own; prints `ready`
-once it can be spoken to.
+once it can be spoken to, or an error as JSON if it cannot start.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Supervisor:
         self.paths.api.unlink(missing_ok=True)
         server = await asyncio.start_unix_server(self._serve, self.paths.api, limit=_LIMIT)
         self.paths.api.chmod(0o600)
-        _say_ready()
+        _say("ready")
         await self._stopping.wait()
         log.info("stopping")
         server.close()
@@ -287,9 +287,9 @@ class Supervisor:
         }  # fmt: skip
         write_atomic(self.paths.supervisor, json.dumps(identity))
 
-    def _client(self) -> ControlClient:
+    def _client(self, retry_s: float = 0) -> ControlClient:
         token = (self.paths.control / "api-token").read_text().strip()
-        return ControlClient(f"http://{LOOPBACK}:{self._http.number}", token, retry_s=0)
+        return ControlClient(f"http://{LOOPBACK}:{self._http.number}", token, retry_s=retry_s)
 
     async def _poke(self) -> bool | None:
         """Whether the control plane has taken it in; None: it does not run, and will read it when it does."""
@@ -584,7 +584,7 @@ class Supervisor:
                 self._store(self.spec.replacing(workload))
                 self._add_units(workload)
         if wanted.rps is not None and wanted.rps != before.rps:
-            await self._put_load()
+            await self._ask_for_load(wanted.rps)
         self.publisher.request()
 
     async def op_set_env(
@@ -697,10 +697,14 @@ class Supervisor:
         """Set the rate of every instance that makes load."""
         specs.check_rps(self.spec.app, rps)
         self._store(self.spec.model_copy(update={"rps": rps}))
-        await self._put_load()
+        await self._ask_for_load(rps)
+
+    async def _ask_for_load(self, rps: float) -> None:
+        """Have the control plane set the load, and keep it up. Raises MeshdemoError if it does not."""
+        await asyncio.to_thread(lambda: self._client(_TAKEN_IN_S).set_load(rps))
 
     async def _put_load(self) -> None:
-        """Tell every instance that makes load its rate. Raises Failed naming those that did not take it."""
+        """Tell every instance that makes load what it starts with. Raises Failed naming the deaf ones."""
         rates = {
             unit: rate
             for unit in self.units.values()
@@ -766,10 +770,10 @@ async def _all_or_none(starts: Sequence[Coroutine[Any, Any, Run]]) -> list[Run]:
     return runs
 
 
-def _say_ready() -> None:
+def _say(line: str) -> None:
     """Tell whoever started us, if they are still there, and let go of them."""
     with suppress(OSError):
-        os.write(1, b"ready\n")
+        os.write(1, line.encode() + b"\n")
     os.dup2(2, 1)
 
 
@@ -796,7 +800,13 @@ def main() -> None:
     async def serve() -> None:
         await Supervisor(paths, spec).run()
 
-    asyncio.run(serve())
+    try:
+        asyncio.run(serve())
+    except MeshdemoError as error:
+        _say(json.dumps({"error": error.message, "remedy": error.remedy, "exit_status": error.exit_status}))
+    except OSError as error:
+        message = f"{error.filename or paths.state}: {error.strerror or error}"
+        _say(json.dumps({"error": message, "remedy": "see `meshdemo check`", "exit_status": 1}))
 
 
 if __name__ == "__main__":
