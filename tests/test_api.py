@@ -9,8 +9,9 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from xds_harness import Load, pair, until
 
 from meshdemo.control.client import ControlClient, SignalRow
+from meshdemo.control.identity import CONTROL_PLANE_NAME
 from meshdemo.errors import BadInput, Failed, Missing
 
 
@@ -412,6 +414,33 @@ def test_a_silent_sidecar_is_seen_as_silent(mesh: ServedMesh, client: ControlCli
     finally:
         process.send_signal(signal.SIGCONT)
     until(lambda: not silent()["service-b-2"], "it to be heard again")
+
+
+def test_telemetry_is_taken_from_sidecars_alone(mesh: ServedMesh) -> None:
+    trust = grpc.ssl_channel_credentials((mesh.state / "trust.pem").read_bytes())
+    token = mesh.members["service-b-1"].token
+    with grpc.secure_channel(
+        f"127.0.0.1:{mesh.server.grpc_port}",
+        trust,
+        options=[("grpc.ssl_target_name_override", CONTROL_PLANE_NAME)],
+    ) as channel:
+        export = channel.unary_unary("/opentelemetry.proto.collector.metrics.v1.MetricsService/Export")
+        log = channel.stream_unary("/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs")
+
+        def refused(call: Callable[[], object]) -> grpc.StatusCode:
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            code: grpc.StatusCode = caught.value.code()
+            return code
+
+        for wrong in (None, "", "wrong", token[:-1]):
+            metadata = [] if wrong is None else [("authorization", f"Bearer {wrong}")]
+            code = grpc.StatusCode.UNAUTHENTICATED
+            assert refused(partial(export, b"", timeout=10, metadata=metadata)) is code
+            assert refused(partial(log, iter([b""]), timeout=10, metadata=metadata)) is code
+        metadata = [("authorization", f"Bearer {token}")]
+        malformed = partial(export, b"\xff", timeout=10, metadata=metadata)
+        assert refused(malformed) is grpc.StatusCode.INVALID_ARGUMENT
 
 
 # -- processes ------------------------------------------------------------------------------------------
