@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 _ERRORS: dict[int, type[MeshdemoError]] = {1: Failed, 2: BadInput, 3: Missing}
 
 
+def told(answer: dict[str, Any]) -> MeshdemoError:
+    """The error that a supervisor has put into words."""
+    return _ERRORS.get(answer["exit_status"], Failed)(answer["error"], answer["remedy"])
+
+
 class SupervisorClient:
     """Calls the operations of one mesh's supervisor (`Supervisor.op_...`)."""
 
@@ -49,7 +54,7 @@ class SupervisorClient:
             raise self._not_there()
         answer = json.loads(line)
         if "error" in answer:
-            raise _ERRORS.get(answer["exit_status"], Failed)(answer["error"], answer["remedy"])
+            raise told(answer)
         return answer["result"]
 
     def _not_there(self) -> Missing:

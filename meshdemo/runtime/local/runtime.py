@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
 
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
-from meshdemo.runtime.local.client import SupervisorClient
+from meshdemo.runtime.local.client import SupervisorClient, told
 from meshdemo.runtime.local.files import Lock, locked, write_atomic
 from meshdemo.runtime.local.paths import MeshPaths
 from meshdemo.runtime.steps import pause
@@ -128,7 +128,12 @@ class LocalRuntime:
         from meshdemo.runtime.local.leftovers import MARK, kill_all
 
         kill_all(self.paths.state)
-        write_atomic(self.paths.spec, spec.model_dump_json())
+        try:
+            write_atomic(self.paths.spec, spec.model_dump_json())
+        except OSError as error:
+            raise Failed(
+                f"cannot write {self.paths.spec}: {error.strerror}", "make room, or set MESHDEMO_HOME"
+            ) from error
         log = self.paths.logs / "supervisor.log"
         module = "meshdemo.runtime.local.supervisor"
         with log.open("ab") as stderr:
@@ -143,8 +148,7 @@ class LocalRuntime:
         if line == b"ready\n":
             return
         if line:
-            error = json.loads(line)
-            raise Missing(error["error"], error["remedy"])
+            raise told(json.loads(line))
         lines = "\n".join(f"    {one}" for one in log.read_text().splitlines()[-10:])
         raise Failed("the supervisor does not start", f"it said:\n{lines}")
 

@@ -91,16 +91,16 @@ class MeshSpec(_Value):
 
     def workload(self, service: str, version: str) -> WorkloadSpec:
         """A workload that runs. Raises BadInput naming those there are."""
-        if service not in self.app.services:
-            raise BadInput(f"no service '{service}'; there are: {', '.join(self.app.services)}")
-        try:
-            return self.workloads[f"{service}/{version}"]
-        except KeyError:
-            there = ", ".join(self.versions(service)) or "none"
-            raise BadInput(f"{service} runs no version '{version}'; there are: {there}") from None
+        versions = self.versions(service)
+        if version not in versions:
+            there = ", ".join(versions) or "none"
+            raise BadInput(f"{service} runs no version '{version}'; there are: {there}")
+        return self.workloads[f"{service}/{version}"]
 
     def versions(self, service: str) -> list[str]:
-        """The versions of a service that run."""
+        """The versions of a service that run. Raises BadInput naming the services there are."""
+        if service not in self.app.services:
+            raise BadInput(f"no service '{service}'; there are: {', '.join(self.app.services)}")
         return [one.version for one in self.workloads.values() if one.service == service]
 
     def program(self, service: str, version: str) -> Workload:
