@@ -365,10 +365,15 @@ class Cluster:
         tail: int | None = None,
         follow: bool = False,
         previous: bool = False,
+        times: bool = False,
     ) -> Iterator[str]:
-        """Log lines of a container; with `follow` until it ends. A container without logs has none."""
+        """Log lines of a container; with `follow` until it ends. A container without logs has none.
+
+        `times`: each line begins with when it was written (RFC 3339) and a space.
+        """
         query = {
             "container": container,
+            "timestamps": "true" if times else None,
             "tailLines": None if tail is None else str(tail),
             "follow": "true" if follow else None,
             "previous": "true" if previous else None,

@@ -43,8 +43,31 @@ def command(
         str | None, typer.Option("--context", metavar="CTX", help="kubeconfig context (kubernetes).")
     ] = None,
     kind_image: Annotated[
-        str | None, typer.Option("--kind-image", metavar="IMAGE", help="Node image (kind).")
+        str | None,
+        typer.Option(
+            "--kind-image", metavar="IMAGE", envvar="MESHDEMO_KIND_IMAGE", help="Node image (kind)."
+        ),
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", metavar="N", min=0, help="Nodes besides the first (kind).")
+    ] = None,
+    base_image: Annotated[
+        str | None,
+        typer.Option(
+            "--base-image",
+            metavar="IMAGE",
+            envvar="MESHDEMO_BASE_IMAGE",
+            help="Debian with Python, to build images from (kind, kubernetes).",
+        ),
+    ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option("--registry", metavar="PREFIX", help="Where to push images to (kubernetes)."),
+    ] = None,
+    observability: Annotated[
+        bool,
+        typer.Option("--observability/--no-observability", help="Prometheus and Grafana (kind, kubernetes)."),
+    ] = True,
     timeout: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", help="Give up after so long.")
     ] = 300.0,
@@ -70,7 +93,10 @@ def command(
     definition, folder = _app(app, where)
     options = UpOptions(
         name=frame.name, app=definition, rps=rps, replicas=counts, versions=versions, timeout_s=timeout,
-        extra={"cwd": str(folder), "context": context, "kind_image": kind_image},
+        extra={
+            "cwd": str(folder), "context": context, "kind_image": kind_image, "workers": workers,
+            "base_image": base_image, "registry": registry, "observability": observability,
+        },
     )  # fmt: skip
     steps = where.steps(options)
     if steps and frame.chatty:

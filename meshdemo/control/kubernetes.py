@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -248,6 +248,11 @@ class Source:
         await asyncio.sleep(0.01)
         self._event.clear()
 
+    @property
+    def spec(self) -> Manifest | None:
+        """The ConfigMap that holds the mesh's spec."""
+        return next(iter(self._spec.objects), None)
+
     def pod(self, name: str) -> Manifest | None:
         """The pod of this name."""
         return next((pod for pod in self._pods.objects if _key(pod) == name), None)
@@ -262,7 +267,7 @@ def app_of(configmaps: Iterable[Manifest]) -> App | None:
     for one in configmaps:
         try:
             return App.model_validate(json.loads(one["data"]["spec.json"])["app"])
-        except (KeyError, ValueError, ValidationError):
+        except (KeyError, TypeError, ValueError):
             continue
     return None
 
@@ -346,6 +351,7 @@ def _proven(status: Mapping[str, Any]) -> _Proof | None:
 INTENT, JOURNAL, SPEC, TRUST, AUTHORITY, API = (
     "meshdemo-intent", "meshdemo-journal", "meshdemo-spec", "meshdemo-trust", "meshdemo-ca", "meshdemo-api"
 )  # fmt: skip
+AUTHORITY_FILES = ("ca.pem", "ca-next.pem", "trust.pem")
 
 
 class IntentMap:
@@ -446,24 +452,48 @@ class Keeper:
         return content
 
 
+class TrustMap:
+    """The certificates that sidecars check the control plane by, as the ConfigMap that their pods mount."""
+
+    def __init__(self, cluster: Cluster, namespace: str, path: Path) -> None:
+        self._cluster, self._namespace, self._path = cluster, namespace, path
+        self._kept = ""
+
+    def save(self) -> bool:
+        """Write what the authority trusts, if that has changed. Raises Failed."""
+        now = self._path.read_text()
+        if now == self._kept:
+            return False
+        self._cluster.patch(
+            "ConfigMap", TRUST, self._namespace, {"data": {self._path.name: now}}, merge="merge"
+        )
+        self._kept = now
+        return True
+
+
+class _Keeps(Protocol):
+    def save(self) -> bool: ...
+
+
+def pack(content: bytes) -> str:
+    """A file as a Secret or a ConfigMap's `binaryData` holds it (see `Keeper`)."""
+    return base64.b64encode(gzip.compress(content, 5, mtime=0)).decode()
+
+
 def _packed(content: bytes | None) -> str | None:
-    return None if content is None else base64.b64encode(gzip.compress(content, 5, mtime=0)).decode()
+    return None if content is None else pack(content)
 
 
-async def keep(keepers: Iterable[Keeper], *, every_s: float = 1.0) -> None:
-    """Carry back what changes, for as long as the control plane runs, and once more when it ends."""
+async def keep(keepers: Iterable[_Keeps], *, every_s: float = 1.0) -> None:
+    """Carry back what changes, for as long as the control plane runs."""
     keepers = tuple(keepers)
-    try:
-        while True:
-            await asyncio.sleep(every_s)
-            for keeper in keepers:
-                await asyncio.to_thread(_save, keeper)
-    finally:
+    while True:
         for keeper in keepers:
-            _save(keeper)
+            await asyncio.to_thread(_save, keeper)
+        await asyncio.sleep(every_s)
 
 
-def _save(keeper: Keeper) -> None:
+def _save(keeper: _Keeps) -> None:
     try:
         keeper.save()
     except MeshdemoError as error:

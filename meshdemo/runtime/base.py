@@ -24,6 +24,7 @@ class Step:
     run: Callable[[], None]
     undo: Callable[[], None] | None = None
     after: Sequence[str] = ()
+    detail: Callable[[], str] | None = None  # what it is doing right now, for whoever watches
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,15 +25,59 @@ def choose(kind: str, name: str) -> tuple[Runtime, str]:
 
     if kind not in KINDS:
         raise BadInput(f"--runtime '{kind}': allowed is {', '.join(KINDS)}")
-    if kind in {"kind", "kubernetes"}:
-        raise Failed(f"the runtime '{kind}' is not part of this version", "use --runtime local")
-    return LocalRuntime(name), "asked for" if kind == "local" else "it needs nothing but Python"
+    why = "asked for"
+    local = LocalRuntime(name)
+    runs = _in_cluster(name) or (local if local.paths.spec.exists() else None)
+    if kind == "auto":
+        if runs is not None:
+            return runs, "where it runs already"
+        kind, why = _best()
+    elif runs is not None and runs.kind != kind:
+        raise Failed(
+            f"mesh '{name}' runs on the runtime '{runs.kind}', not '{kind}'",
+            f"run `meshdemo down --name {name}` first, or use another --name",
+        )
+    if kind == "local":
+        return local, why
+    from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
+
+    return KubernetesRuntime(name, kind), why
+
+
+def _best() -> tuple[str, str]:
+    """kind where that is possible, else local; and why."""
+    import shutil
+
+    if shutil.which("kind") is None:
+        return "local", "`kind` is not installed"
+    from meshdemo.runtime.kubernetes.images import Builder
+
+    try:
+        Builder()
+    except Missing as error:
+        return "local", error.message
+    return "kind", "kind and Docker are here"
+
+
+def _in_cluster(name: str) -> Runtime | None:
+    """The runtime of a mesh that this machine remembers to be in a cluster."""
+    from meshdemo.runtime.local.paths import home
+
+    if not (home() / name / "kubernetes.json").exists():
+        return None
+    from meshdemo.runtime.kubernetes import record
+    from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
+
+    found = record.load(name)
+    return KubernetesRuntime(name, found.kind) if found else None
 
 
 def find(name: str) -> Runtime:
     """The runtime of a mesh that was brought up. Raises Missing if none of this name was."""
     from meshdemo.runtime.local.runtime import LocalRuntime
 
+    if elsewhere := _in_cluster(name):
+        return elsewhere
     runtime = LocalRuntime(name)
     if not runtime.paths.spec.exists():
         raise Missing(f"no mesh '{name}' is running", f"run `meshdemo up --name {name}`")
@@ -44,7 +88,7 @@ def anything(name: str) -> Runtime:
     """The runtime that can remove whatever a mesh of this name has left."""
     from meshdemo.runtime.local.runtime import LocalRuntime
 
-    return LocalRuntime(name)
+    return _in_cluster(name) or LocalRuntime(name)
 
 
 def everything() -> list[Runtime]:

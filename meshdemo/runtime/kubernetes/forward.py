@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 from kubernetes import client as api
-from kubernetes.stream import portforward
+from kubernetes.stream import portforward, stream
 
-from meshdemo.errors import MeshdemoError
+from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.kube import Cluster
 
 log = logging.getLogger(__name__)
@@ -102,3 +102,32 @@ def _pump(source: Any, sink: Any) -> None:
             sink.sendall(data)
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
+
+
+def run(cluster: Cluster, namespace: str, pod: str, container: str, command: list[str]) -> str:
+    """Run a command in a container; what it printed. Raises Failed if it fails."""
+    core = api.CoreV1Api(api.ApiClient(cluster.configuration))
+    try:
+        session = stream(
+            core.connect_get_namespaced_pod_exec,
+            pod,
+            namespace,
+            container=container,
+            command=command,
+            stdout=True,
+            stderr=True,
+            stdin=False,
+            tty=False,
+            _preload_content=False,
+        )
+        session.run_forever(timeout=20)
+    except api.ApiException as error:
+        raise Failed(
+            f"cannot run `{' '.join(command)}` in {pod}: {error.reason}",
+            "the API server must allow `exec` into pods, and the image must have the command",
+        ) from error
+    said = session.read_stdout(timeout=0) or ""
+    if status := session.returncode:
+        complaint = (session.read_stderr(timeout=0) or said).strip()
+        raise Failed(f"`{' '.join(command)}` in {pod} ended with status {status}: {complaint}")
+    return str(said)

@@ -41,12 +41,12 @@ SIDECAR = "sidecar"
 _PACKAGE = Path(__file__).resolve().parents[2]
 # What the programs of `meshdemo.workloads` need, by the subpackage that they are in.
 _WORKLOAD_NEEDS: Mapping[str, tuple[str, ...]] = {
-    "": ("flask", "gevent", "prometheus-client", "requests"),
-    "emojivoto": ("flask", "gevent", "prometheus-client", "requests", "grpcio", "protobuf"),
+    "": ("flask", "gevent", "httptools", "prometheus-client"),
+    "emojivoto": ("flask", "gevent", "grpcio", "httptools", "prometheus-client", "protobuf"),
 }
 _CONTROL_NEEDS = (
-    "cryptography", "flask", "gevent", "grpcio", "jinja2", "kubernetes", "platformdirs",
-    "prometheus-client", "pydantic", "pyyaml", "rich", "xds-protos",
+    "cryptography", "flask", "grpcio", "jinja2", "kubernetes", "platformdirs", "prometheus-client",
+    "psutil", "pydantic", "pyyaml", "rich", "typer", "waitress", "xds-protos",
 )  # fmt: skip
 # pip's settings (as `pip config list` calls them) that a build needs too, and how the build is told.
 _PIP_SETTINGS = {
@@ -116,8 +116,9 @@ def recipes(app: App, base_image: str = BASE_IMAGE) -> dict[str, Recipe]:
 def _workload(program: str, base_image: str) -> Recipe:
     group = program.rpartition(".")[0]
     workloads = _PACKAGE / "workloads"
-    code = _tree(workloads / group) if group else _files(workloads.glob("*.py"))
-    code += _files([workloads / "__init__.py", _PACKAGE / "__init__.py"])
+    code = _files([_PACKAGE / "__init__.py", *workloads.glob("*.py")])
+    if group:
+        code += _tree(workloads / group)
     return Recipe(
         image_name(program),
         {

@@ -25,6 +25,7 @@ from meshdemo.kube import Manifest
 from meshdemo.resources import TEMPLATES
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import images
+from meshdemo.runtime.kubernetes.specs import deployment_of, load_key
 from meshdemo.runtime.local.spec import MeshSpec, wanted
 
 APP_USER = 65532
@@ -84,6 +85,11 @@ def objects(spec: MeshSpec, site: Site) -> list[Manifest]:
     ]
 
 
+def is_state(manifest: Manifest) -> bool:
+    """Is this an object that is made once and never applied again, since the mesh itself writes to it?"""
+    return bool(manifest["metadata"]["labels"].get("app.kubernetes.io/component") == "state")
+
+
 def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
     """All objects of a mesh as YAML, by what they are about, in the order in which they are applied."""
     found = {
@@ -98,7 +104,6 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
             control_args=[
                 "--mesh", spec.mesh, "--namespace", site.namespace, "--state", STATE_FOLDER,
                 "--api-token", f"{API_FOLDER}/token",
-                "--xds-port", str(XDS_PORT), "--api-port", str(API_PORT),
             ],
         ),
     }  # fmt: skip
@@ -120,10 +125,10 @@ def _workload(spec: MeshSpec, site: Site, key: str) -> str:
     one = spec.workloads[key]
     service = spec.app.services[one.service]
     program = spec.program(one.service, one.version)
-    name = f"{one.service}-{one.version}"
+    name = deployment_of(one)
     env = dict(one.current.env)
-    if service.load and spec.rps is not None:
-        env["RPS"] = f"{spec.rps:g}"
+    if service.load:
+        env.pop("RPS", None)
     return _render(
         "workload",
         spec,
@@ -134,6 +139,7 @@ def _workload(spec: MeshSpec, site: Site, key: str) -> str:
         revision=one.current.revision,
         image=site.images[images.image_name(program.program)] if program.program else program.image,
         command=None if program.program else program.command,
+        load_key=load_key(one.service, one.version) if service.load else None,
         env={
             **env,
             # The sidecar alone reaches the app; whoever else tries finds no one listening.

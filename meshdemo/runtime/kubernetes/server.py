@@ -1,0 +1,180 @@
+"""The control plane's process in a cluster: `python -m meshdemo.runtime.kubernetes.server`.
+
+It is the same control plane as everywhere. What differs is where it learns of the mesh (watches), how it
+knows its sidecars (TokenReview) and where it keeps things (ConfigMaps, a Secret); besides, it ends faults in
+an app's environment when their time is over, and leaves an Event on a pod that is taken out of load
+balancing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meshdemo.control import kubernetes as k8s
+from meshdemo.control import server
+from meshdemo.control.api import Control
+from meshdemo.control.model import MeshState
+from meshdemo.errors import Failed, MeshdemoError
+from meshdemo.kube import ApiError, Cluster
+from meshdemo.runtime.kubernetes.specs import SpecMap, parsed, patch_env
+from meshdemo.runtime.local.spec import MeshSpec, Timer, expired
+
+log = logging.getLogger(__name__)
+
+# The API server may be away for a while, but a call of ours has somebody waiting for it.
+_PATIENCE_S = 4.0
+_EVENTS = {
+    "ejected": ("Ejected", "taken out of load balancing"),
+    "readmitted": ("Readmitted", "back in load balancing"),
+}
+
+
+class Backend(server.Backend):
+    """The cluster, as the control plane sees it."""
+
+    def __init__(self, place: server.Place, cluster: Cluster, mesh: str, namespace: str, token: Path) -> None:
+        self._place = place
+        self._cluster, self._namespace = cluster, namespace
+        self._token = token
+        self._source = k8s.Source(cluster, mesh, namespace)
+        self._specs = SpecMap(cluster, mesh, namespace)
+        self.authenticator = k8s.TokenReviews(cluster, self._source)
+        self.intents = k8s.IntentMap(cluster, namespace)
+        folder = place.control
+        self._keepers = (
+            k8s.Keeper(cluster, "Secret", k8s.AUTHORITY, namespace, folder, k8s.AUTHORITY_FILES),
+            k8s.Keeper(cluster, "ConfigMap", k8s.JOURNAL, namespace, folder, ("events.jsonl",)),
+        )
+        self._trust = k8s.TrustMap(cluster, namespace, folder / "trust.pem")
+
+    async def start(self) -> MeshState:
+        """Fill the control plane's folder and wait for the first complete picture of the mesh."""
+        (self._place.control / "api-token").write_bytes(self._token.read_bytes().strip())
+        for keeper in self._keepers:
+            await asyncio.to_thread(keeper.restore)
+        return await self._source.start()
+
+    def mesh(self) -> MeshState:
+        """The mesh as the API server last showed it."""
+        mesh = self._source.mesh()
+        if mesh is None:
+            raise Failed("the API server has not shown the whole mesh yet", "try again in a moment")
+        return mesh
+
+    async def follow(self, control: Control) -> None:
+        """Take changes in, carry back what must be kept, end what is over, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._refresh(control))
+            tasks.create_task(k8s.keep((*self._keepers, self._trust)))
+            tasks.create_task(self._end_what_is_over())
+            tasks.create_task(self._leave_events(control))
+
+    async def stop(self) -> None:
+        """Carry back what was written last."""
+        self._source.stop()
+        for keeper in self._keepers:
+            with contextlib.suppress(MeshdemoError):
+                await asyncio.to_thread(keeper.save)
+
+    async def _refresh(self, control: Control) -> None:
+        while True:
+            await self._source.change()
+            if mesh := self._source.mesh():
+                control.store.track([instance.id for instance in mesh.instances])
+                try:
+                    await control.plane.refresh(mesh)
+                except MeshdemoError as error:
+                    log.error("what the cluster shows cannot be taken in: %s", error)
+
+    # -- faults for a time ---------------------------------------------------------------------------------
+
+    async def _end_what_is_over(self) -> None:
+        while True:
+            await asyncio.sleep(0.25)
+            stored = self._source.spec
+            spec = parsed(stored) if stored else None
+            due = [timer for timer in spec.timers if timer.expires_at <= time.time()] if spec else []
+            for timer in due:
+                try:
+                    await asyncio.to_thread(self._end, timer)
+                except MeshdemoError as error:
+                    log.warning("cannot end fault %s yet: %s", timer.fault_id, error)
+                    await asyncio.sleep(2)
+
+    def _end(self, timer: Timer) -> None:
+        """Bring a workload back to its environment of before, or replace the one pod that differs."""
+        key = f"{timer.service}/{timer.version}"
+        before: list[MeshSpec] = []
+
+        def end(spec: MeshSpec) -> MeshSpec:
+            before[:] = [spec]
+            return expired(spec, timer, now=time.time()) if timer in spec.timers else spec
+
+        if timer.instance is not None:
+            self._cluster.delete("Pod", timer.instance, self._namespace)
+        after = self._specs.change(end)
+        old, new = before[0].workloads.get(key), after.workloads.get(key)
+        if old is not None and new is not None and old.current != new.current:
+            patch_env(self._cluster, self._namespace, old, new)
+        log.info("fault %s on %s is over", timer.fault_id, key)
+
+    # -- events --------------------------------------------------------------------------------------------
+
+    async def _leave_events(self, control: Control) -> None:
+        """Tell on the pod what was done to it, for whoever looks with kubectl."""
+        seq, _ = control.journal.after(-1)
+        while True:
+            seq, events = await asyncio.to_thread(control.journal.after, seq, 5.0)
+            for event in events:
+                if event["event"] in _EVENTS:
+                    await asyncio.to_thread(self._leave_event, event)
+
+    def _leave_event(self, event: Mapping[str, Any]) -> None:
+        pod = self._source.pod(str(event.get("instance")))
+        reason, what = _EVENTS[event["event"]]
+        why = f" by {event['by']}: {event['reason']}" if event.get("by") and event.get("reason") else ""
+        if pod is not None:
+            try:
+                self._cluster.event({"apiVersion": "v1", "kind": "Pod", **pod}, reason, what + why)
+            except ApiError as failure:
+                log.warning("cannot leave an Event: %s", failure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process; its exit status as of `MeshdemoError`."""
+    parser = argparse.ArgumentParser(prog="meshdemo-control-plane", description=__doc__.splitlines()[0])
+    parser.add_argument("--mesh", required=True)
+    parser.add_argument("--namespace", required=True)
+    parser.add_argument("--state", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--api-token", type=Path, required=True, help="the file with the API's token")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    place = server.Place(
+        state=given.state,
+        grpc_port=k8s.XDS_PORT,
+        http_port=k8s.API_PORT,
+        grpc_host="0.0.0.0",  # noqa: S104 - sidecars come from everywhere, with TLS and their tokens
+        open_listen=f"0.0.0.0:{k8s.OPEN_PORT}",
+    )
+    try:
+        cluster = Cluster.inside(patience_s=_PATIENCE_S)
+        backend = Backend(place, cluster, given.mesh, given.namespace, given.api_token)
+        asyncio.run(server.serve(place, backend))
+    except MeshdemoError as error:
+        log.error("%s", error)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""Bringing a mesh up in a cluster, and removing it: the steps, in the order that costs the least time.
+
+Images are built while the cluster boots, and are in its nodes before anything asks for them. Nothing that was
+made is undone when a later step fails: what is there is what the reason can be looked for in, and `up` again
+goes on from it. What `down` may remove is written down before it is made.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshdemo.control import kubernetes as k8s
+from meshdemo.errors import Failed, Missing
+from meshdemo.kube import ApiError, Cluster, Manifest
+from meshdemo.runtime.base import Step, UpOptions
+from meshdemo.runtime.kubernetes import apply, images, manifests, record
+from meshdemo.runtime.kubernetes.kind import Kind
+from meshdemo.runtime.kubernetes.record import Record
+from meshdemo.runtime.kubernetes.specs import deployment_of
+from meshdemo.runtime.local import spec as specs
+from meshdemo.runtime.steps import pause
+
+if TYPE_CHECKING:
+    from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
+
+OLDEST = (1, 30)  # native sidecars and the `sleep` of preStop by default
+_NODE_PORTS = {"prometheus": 30090, "grafana": 30300}
+_GONE_S = 120.0
+
+
+def steps(runtime: KubernetesRuntime, options: UpOptions) -> Sequence[Step]:
+    """The steps that bring the mesh up, or bring a running one to what `options` ask for."""
+    up = _Up(runtime, options)
+    if up.nothing_to_do():
+        return []
+    return up.steps()
+
+
+class _Detail:
+    """What a step is doing right now; written by its thread, read by whoever shows it."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def __call__(self) -> str:
+        return self.text
+
+    def tell(self, text: str) -> None:
+        self.text = text
+
+
+class _Up:
+    """One `up` at work: what its steps share."""
+
+    def __init__(self, runtime: KubernetesRuntime, options: UpOptions) -> None:
+        self._runtime = runtime
+        self._options = options
+        self._extra = options.extra
+        self._deadline = time.monotonic() + options.timeout_s
+        before = record.load(options.name)
+        if before is not None and before.kind != runtime.kind:
+            raise Failed(
+                f"mesh '{options.name}' runs on the runtime '{before.kind}', not '{runtime.kind}'",
+                f"run `meshdemo down --name {options.name}` first, or use another --name",
+            )
+        self._before = before
+        base_image = self._extra.get("base_image") or (before.base_image if before else None)
+        registry = self._extra.get("registry") or (before.registry if before else None)
+        for value in (base_image, registry):
+            if value:
+                images.check_reference(value)
+        self._base_image, self._registry = base_image, registry
+        self._recipes = images.recipes(options.app, base_image or images.BASE_IMAGE)
+        self._references = {name: recipe.reference(registry) for name, recipe in self._recipes.items()}
+        # Wrong options are refused before anything is begun.
+        specs.wanted(options, None, now=time.time())
+
+    # -- is there anything to do? --------------------------------------------------------------------------
+
+    def nothing_to_do(self) -> bool:
+        """Is the mesh as it is asked for already?"""
+        if self._before is None:
+            return False
+        try:
+            running = self._runtime.spec_map.find()
+            if running is None:
+                return False
+            wanted = specs.wanted(self._options, running, now=time.time())
+            if specs.differences(running, wanted):
+                return False
+            found = self._runtime.cluster.find(
+                "Deployment", self._runtime.namespace, labels=f"{k8s.MESH}={self._options.name}"
+            )
+        except (Missing, ApiError):
+            return False
+        there = {one["metadata"]["name"]: one for one in found}
+        expected = {deployment_of(one) for one in wanted.workloads.values()} | {images.CONTROL_PLANE}
+        used = {
+            container["image"] for one in found for container in one["spec"]["template"]["spec"]["containers"]
+        }
+        return (
+            expected <= there.keys()
+            and all(apply.rolled_out(there[name]) for name in expected)
+            and set(self._references.values()) - {self._references[images.SIDECAR]} <= used
+        )
+
+    # -- the steps -----------------------------------------------------------------------------------------
+
+    def steps(self) -> list[Step]:
+        """All of them."""
+        on_kind = self._runtime.kind == "kind"
+        found: list[Step] = []
+
+        def step(title: str, run: Callable[[Callable[[str], None]], None], *after: Step) -> Step:
+            detail = _Detail()
+            made = Step(title, lambda: run(detail.tell), after=[one.title for one in after], detail=detail)
+            found.append(made)
+            return made
+
+        if on_kind:
+            self._kind  # noqa: B018 - what is missing is said before anything is begun
+        else:
+            self._remember(Record(kind="kubernetes", mesh=self._options.name, context=self._context()))
+        self._builder  # noqa: B018
+
+        title = "Making the kind cluster" if on_kind and self._makes_cluster else "Reaching the cluster"
+        cluster = step(title, self._reach)
+        builds = [step(f"Building {names}", self._build(group)) for names, group in self._groups()]
+        if on_kind:
+            there = step("Loading the images into the nodes", self._load, *builds)
+        elif self._registry:
+            there = step(f"Pushing the images to {self._registry}", self._push, *builds)
+        else:
+            there = builds[-1]
+        base = step("Preparing the namespace", self._prepare, cluster)
+        needs = [base, *builds, there]
+        ready = [step("Starting the control plane", self._start(images.CONTROL_PLANE), *needs)]
+        for key, workload in specs.wanted(self._options, None, now=0).workloads.items():
+            count = "1 instance" if workload.instances == 1 else f"{workload.instances} instances"
+            name = f"Starting {workload.service} {workload.version} ({count})"
+            ready.append(step(name, self._start(key), *needs))
+        if self._extra.get("observability", True):
+            ready.append(step("Starting Prometheus and Grafana", self._observe, base))
+        step("Sending a request through the mesh", self._request, *ready)
+        return found
+
+    def _context(self) -> str | None:
+        return self._extra.get("context") or (self._before.context if self._before else None)
+
+    def _left(self) -> float:
+        """Seconds until the time that the user gave is over."""
+        return max(1.0, self._deadline - time.monotonic())
+
+    def _remember(self, now: Record) -> None:
+        now = now.model_copy(update={"registry": self._registry, "base_image": self._base_image})
+        record.save(now)
+        self._runtime.__dict__.pop("record", None)
+
+    # -- the cluster ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _kind(self) -> Kind:
+        return Kind()
+
+    @cached_property
+    def _makes_cluster(self) -> bool:
+        return self._options.name not in self._kind.clusters()
+
+    def _reach(self, tell: Callable[[str], None]) -> None:
+        if self._runtime.kind == "kind":
+            self._reach_kind(tell)
+        version = self._runtime.cluster.version()
+        if version < OLDEST:
+            raise Missing(
+                f"the cluster runs Kubernetes {version[0]}.{version[1]}",
+                f"meshdemo needs {OLDEST[0]}.{OLDEST[1]} or newer (native sidecar containers)",
+            )
+
+    def _reach_kind(self, tell: Callable[[str], None]) -> None:
+        name = self._options.name
+        access = record.kubeconfig(name)
+        ours = self._before is not None and self._before.made_cluster
+        if not self._makes_cluster and not (ours and not access.exists()):
+            if self._before is None:
+                self._remember(Record(kind="kind", mesh=name, cluster=name))
+            self._kind.export(name, access)
+            return
+        if not self._makes_cluster:
+            self._kind.delete(name, access)  # an `up` that was killed left half of it
+        workers = int(self._extra.get("workers") or 0)
+        ports = {endpoint: _free_port() for endpoint in _NODE_PORTS}
+        self._remember(Record(kind="kind", mesh=name, cluster=name, made_cluster=True, ports=ports))
+        config = manifests.kind_config(
+            workers=workers, ports={_NODE_PORTS[endpoint]: port for endpoint, port in ports.items()}
+        )
+        try:
+            self._kind.create(name, access, config, self._extra.get("kind_image"), self._left(), tell)
+        except BaseException:
+            record.forget(name)
+            raise
+
+    # -- images --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _builder(self) -> images.Builder:
+        return images.Builder()
+
+    def _groups(self) -> list[tuple[str, list[str]]]:
+        """Images by what they share: those of one group are built one after another, since the second finds
+        the requirements of the first installed."""
+        programs = [name for name in self._recipes if name not in {images.CONTROL_PLANE, images.SIDECAR}]
+        groups = [[images.CONTROL_PLANE], [images.SIDECAR], programs]
+        return [(", ".join(group), group) for group in groups if group]
+
+    def _build(self, group: Sequence[str]) -> Callable[[Callable[[str], None]], None]:
+        def run(tell: Callable[[str], None]) -> None:
+            for name in group:
+                self._builder.build(self._recipes[name], self._references[name], tell)
+
+        return run
+
+    def _load(self, tell: Callable[[str], None]) -> None:
+        """Load what the nodes lack; they take images long before Kubernetes is up on them."""
+        name = self._options.name
+        wanted = list(self._references.values())
+        lacking: dict[str, list[str]] = {}
+        while True:
+            nodes = self._kind.nodes(name)
+            try:
+                lacking = {node: self._kind.missing(node, wanted) for node in nodes}
+                if nodes:
+                    break
+            except (Failed, ValueError):
+                if self._left() <= 1:
+                    raise
+            tell("waiting for the nodes")
+            pause(0.5)
+        needed = sorted({image for images_of in lacking.values() for image in images_of})
+        if not needed:
+            return
+        with tempfile.TemporaryDirectory(prefix="meshdemo-") as folder:
+            archive = Path(folder) / "images.tar"
+            tell("saving")
+            self._builder.save(needed, archive)
+            tell("loading")
+            self._kind.load(name, archive, [node for node, images_of in lacking.items() if images_of])
+
+    def _push(self, tell: Callable[[str], None]) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [
+                pool.submit(self._builder.push, reference, tell) for reference in self._references.values()
+            ]:
+                done.result()
+
+    # -- the objects ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _objects(self) -> list[Manifest]:
+        runtime = self._runtime
+        site = manifests.Site(
+            namespace=runtime.namespace,
+            images=self._references,
+            scaled_by_others=frozenset(self._autoscaled()),
+        )
+        return manifests.objects(self._spec, site)
+
+    def _autoscaled(self) -> dict[str, str]:
+        from meshdemo.runtime.kubernetes.runtime import autoscalers
+
+        return autoscalers(self._runtime.cluster, self._runtime.namespace)
+
+    @cached_property
+    def _spec(self) -> specs.MeshSpec:
+        return specs.wanted(self._options, self._runtime.spec_map.find(), now=time.time())
+
+    def _prepare(self, tell: Callable[[str], None]) -> None:
+        """Everything but what runs: namespace, state, accounts and rights, services."""
+        cluster, namespace = self._runtime.cluster, self._runtime.namespace
+        parts = [one for one in self._objects if one["kind"] != "Deployment"]
+        state = [one for one in parts if manifests.is_state(one)]
+        tell("namespace")
+        apply.apply(cluster, [one for one in parts if one["kind"] == "Namespace"], timeout_s=self._left())
+        for manifest in state:
+            _make_once(cluster, manifest, namespace)
+        _fill_state(cluster, self._options.name, namespace)
+        self._runtime.spec_map.store(self._spec)
+        tell("services and rights")
+        rest = [one for one in parts if one not in state and one["kind"] != "Namespace"]
+        apply.apply(cluster, rest, timeout_s=self._left())
+
+    def _start(self, key: str) -> Callable[[Callable[[str], None]], None]:
+        def run(tell: Callable[[str], None]) -> None:
+            name = key.replace("/", "-")
+            deployments = [one for one in self._objects if one["kind"] == "Deployment"]
+            self._runtime.cluster.apply(next(o for o in deployments if o["metadata"]["name"] == name))
+            apply.await_rollout(
+                self._runtime.cluster, self._runtime.namespace, [name], timeout_s=self._left(), tell=tell
+            )
+
+        return run
+
+    def _observe(self, tell: Callable[[str], None]) -> None:
+        """Prometheus and Grafana are welcome and not needed."""
+
+    def _request(self, tell: Callable[[str], None]) -> None:
+        """See a request go through the mesh."""
+        from meshdemo.runtime.kubernetes.forward import Forward
+        from meshdemo.runtime.local.through import request_through
+
+        runtime = self._runtime
+        app = self._options.app
+        while True:
+            found = runtime.instances()
+            # A caller's own outbound port, brought to this machine.
+            tunnels = []
+            near = []
+            for one in found:
+                if one.ready and app.services[one.service].calls:
+                    find = partial(str, one.id)
+                    tunnels.append(Forward(runtime.cluster, runtime.namespace, find, one.outbound_port))
+                    here = {"host": "127.0.0.1", "outbound_port": tunnels[-1].port}
+                    one = one.model_copy(update=here)  # noqa: PLW2901
+                near.append(one)
+            try:
+                problem = request_through(app, near)
+            finally:
+                for tunnel in tunnels:
+                    tunnel.close()
+            if not problem:
+                return
+            tell(problem)
+            if self._left() <= 1:
+                raise Failed(f"{problem} after {self._options.timeout_s:g} s", "`meshdemo logs` may tell why")
+            pause(0.2)
+
+
+def _make_once(cluster: Cluster, manifest: Manifest, namespace: str) -> None:
+    try:
+        cluster.create(manifest["kind"], manifest, namespace)
+    except ApiError as error:
+        if error.status != 409:
+            raise
+
+
+def _fill_state(cluster: Cluster, mesh: str, namespace: str) -> None:
+    """Make what the mesh starts from and nobody but it may know: its root certificate, the API's token."""
+    from meshdemo.control.identity import Authority
+
+    api = cluster.get("Secret", k8s.API, namespace) or {}
+    if "token" not in (api.get("data") or {}):
+        token = base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
+        cluster.patch("Secret", k8s.API, namespace, {"data": {"token": token}}, merge="merge")
+    authority = cluster.get("Secret", k8s.AUTHORITY, namespace) or {}
+    if "ca.pem.gz" in (authority.get("data") or {}):
+        return
+    with tempfile.TemporaryDirectory(prefix="meshdemo-") as name:
+        folder = Path(name)
+        trust = Authority(folder, mesh, time.time()).trust
+        made = {f"{path.name}.gz": k8s.pack(path.read_bytes()) for path in folder.iterdir()}
+    cluster.patch("ConfigMap", k8s.TRUST, namespace, {"data": {"trust.pem": trust.decode()}}, merge="merge")
+    # Last: it says that all is there.
+    cluster.patch("Secret", k8s.AUTHORITY, namespace, {"data": made}, merge="merge")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# -- down --------------------------------------------------------------------------------------------------
+
+
+def remove(found: Record) -> list[str]:
+    """Remove what `up` made; what was removed, in words."""
+    removed: list[str] = []
+    if found.kind == "kind" and found.made_cluster and found.cluster:
+        kind = Kind()
+        if found.cluster in kind.clusters():
+            kind.delete(found.cluster, record.kubeconfig(found.mesh))
+            removed.append(f"kind cluster {found.cluster}")
+    else:
+        removed += _remove_objects(found.connect(), found)
+    record.forget(found.mesh)
+    return removed
+
+
+def _remove_objects(cluster: Cluster, found: Record) -> list[str]:
+    removed = []
+    labels = f"{k8s.MESH}={found.mesh}"
+    for kind in ("ClusterRoleBinding", "ClusterRole"):
+        for one in cluster.find(kind, labels=labels):
+            cluster.delete(kind, one["metadata"]["name"])
+            removed.append(f"{kind} {one['metadata']['name']}")
+    namespace = cluster.get("Namespace", found.namespace)
+    if namespace is None:
+        return removed
+    if namespace["metadata"].get("labels", {}).get(k8s.MESH) != found.mesh:
+        raise Failed(
+            f"the namespace '{found.namespace}' is not of this mesh, so it stays",
+            "remove from it by hand what is labelled " + labels,
+        )
+    cluster.delete("Namespace", found.namespace)
+    give_up = time.monotonic() + _GONE_S
+    while cluster.get("Namespace", found.namespace) is not None:
+        if time.monotonic() > give_up:
+            raise Failed(f"the namespace '{found.namespace}' is still there after {_GONE_S:.0f} s")
+        time.sleep(0.5)
+    return [*removed, f"namespace {found.namespace}"]
