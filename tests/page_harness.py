@@ -21,7 +21,7 @@ from typing import Any
 import waitress
 
 from meshdemo.apps.model import App
-from meshdemo.control import metrics, page
+from meshdemo.control import load, metrics, page
 from meshdemo.control.api import Control, create_app
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
@@ -122,7 +122,10 @@ class Place:
         app = create_app(
             self.control,
             token=TOKEN,
-            blueprints=[page.blueprint(self.broadcast, sessions)],
+            blueprints=[
+                page.blueprint(self.broadcast, sessions),
+                load.blueprint(load.LoadKeeper(self.control)),
+            ],
             authorize=[sessions.authorize],
         )
         self._server = waitress.create_server(app, listen=f"127.0.0.1:{port}", threads=24, ident=None)
@@ -162,7 +165,9 @@ class Place:
         cells = []
         callers = [name for name, service in services.items() if instance.service in service.calls]
         for caller in callers:
-            cells.append(self._cell(True, caller, requests, failures, f"spiffe://mesh-demo/ns/default/sa/{caller}"))
+            cells.append(
+                self._cell(True, caller, requests, failures, f"spiffe://mesh-demo/ns/default/sa/{caller}")
+            )
         for callee in services[instance.service].calls:
             cells.append(self._cell(False, callee, requests, 0, f"spiffe://mesh-demo/ns/default/sa/{callee}"))
         return tuple(cells)
@@ -199,11 +204,22 @@ class Place:
             self.journal.append(event)
             for event in (
                 {"time": now - 212, "event": "fault", **fault},
-                {"time": now - 210.6, "event": "violated", **where, "detect_s": 1.4,
-                 "evidence": {"bad": 21, "requests": 70}},
+                {
+                    "time": now - 210.6,
+                    "event": "violated",
+                    **where,
+                    "detect_s": 1.4,
+                    "evidence": {"bad": 21, "requests": 70},
+                },
                 {"time": now - 210.4, "event": "localised", **where, "scope": "instance", "target": instance},
-                {"time": now - 210.3, "event": "chosen", **where, "rule": "bad-instance", "remedy": "eject",
-                 "target": instance},
+                {
+                    "time": now - 210.3,
+                    "event": "chosen",
+                    **where,
+                    "rule": "bad-instance",
+                    "remedy": "eject",
+                    "target": instance,
+                },
                 {"time": now - 210.2, "event": "acted", **where, "remedy": "eject", "target": instance},
                 {"time": now - 206, "event": "verified", **where, "remedy": "eject", "target": instance},
                 {"time": now - 205, "event": "healed", **where, "recover_s": 7.0},

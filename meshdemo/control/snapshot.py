@@ -6,6 +6,7 @@ goes to each viewer every time; a success rate is rounded down, so that a failur
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -66,6 +67,7 @@ def snapshot(
         "revision": intent.revision,
         "front": mesh.app.front,
         "load": [name for name, service in mesh.app.services.items() if service.load],
+        "load_rps": _load(mesh, intent),
         "window_s": WINDOW_S,
         "services": [
             {
@@ -119,6 +121,17 @@ def _versions(
         }
         for version in known
     ]
+
+
+def _load(mesh: MeshState, intent: Intent) -> float | None:
+    """Requests/s that a load-making instance makes: what was asked for, else what it starts with."""
+    if intent.load_rps is not None:
+        return intent.load_rps
+    for service in mesh.app.services.values():
+        for workload in service.versions.values() if service.load else ():
+            with contextlib.suppress(KeyError, ValueError):
+                return float(workload.env["RPS"])
+    return None
 
 
 def _edges(mesh: MeshState, samples: Sequence[Sample], now: float) -> list[dict[str, Any]]:
