@@ -127,20 +127,20 @@ def _shift_away(service: str, place: Location, situation: Situation) -> Plan | S
     weights = {version: rules.split.get(version, 0) for version in others} if rules else {}
     if not any(weights.values()):
         weights = {version: sum(one.version == version for one in in_service) for version in others}
-    split = {**_shares(weights), **dict.fromkeys(place.versions, 0)}
+    split = {**shares(weights), **dict.fromkeys(place.versions, 0)}
     words = f"shift all traffic of {service} away from {', '.join(place.versions)}"
     return Plan("shift-away", service, place.target, words, split=split)
 
 
-def _shares(weights: Mapping[str, int]) -> dict[str, int]:
-    """Whole numbers in proportion to the weights that sum to 100 (largest remainders)."""
-    total = sum(weights.values())
-    exact = {name: weight * 100 / total for name, weight in weights.items()}
-    shares = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (shares[name] - exact[name], name))
-    for name in by_remainder[: 100 - sum(shares.values())]:
-        shares[name] += 1
-    return shares
+def shares(weights: Mapping[str, int], total: int = 100) -> dict[str, int]:
+    """Whole numbers in proportion to the weights that sum to `total` (largest remainders)."""
+    everything = sum(weights.values())
+    exact = {name: weight * total / everything for name, weight in weights.items()}
+    result = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (result[name] - exact[name], name))
+    for name in by_remainder[: total - sum(result.values())]:
+        result[name] += 1
+    return result
 
 
 def _scale(remedy: policy.Scale, service: str, place: Location, situation: Situation) -> Plan | Senseless:
