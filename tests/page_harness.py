@@ -31,7 +31,7 @@ from meshdemo.control.signals import Cell, Histogram
 from meshdemo.control.tap import Tap
 from meshdemo.control.telemetry import Export, Store
 
-TOKEN = "token-of-a-test"
+TOKEN = "token-of-a-test"  # noqa: S105
 
 
 def made_up(services: int, instances: int) -> MeshState:

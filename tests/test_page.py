@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import threading
 import time
@@ -356,7 +357,7 @@ def test_the_history_is_kept_whether_or_not_anybody_watches(tmp_path: Path) -> N
         now[0] += 0.5
     points = broadcast.history("service-b")
     assert len(points) == 60
-    steps = {round(b[0] - a[0], 2) for a, b in zip(points, points[1:], strict=False)}
+    steps = {round(b[0] - a[0], 2) for a, b in itertools.pairwise(points)}
     assert steps == {1.0}
     assert broadcast.newest == 0  # nobody watched
 
