@@ -215,6 +215,7 @@ class Load:
         """Send nothing more and wait for what is in flight, for at most `timeout_s`."""
         if self._resolver is not None:
             self._resolver.kill()
+        self._started = False  # a change that still comes is too late
         self._schedule.set_rate(0.0, time.monotonic())
         deadline = time.monotonic() + timeout_s
         while self.active and time.monotonic() < deadline:
