@@ -179,10 +179,8 @@ class Core:
             alarm_at=alarm_at,
             window_s=verdict.window_s if verdict else SHORT_S,
             deadline=self.now + _LOCALISE_S,
-            fault_at=self._fault_start(service, down=verdict is None),
         )
-        if incident.fault_at is not None:
-            incident.detect_s = max(0.0, self.now - incident.fault_at)
+        self._learn_fault(incident)
         if verdict is not None:
             incident.recovery.count(verdict.objective, verdict.requests, verdict.bad)
             incident.why = self._words(verdict)
@@ -196,18 +194,27 @@ class Core:
         objective = next(one for one in self.policy.objectives if one.name == verdict.objective)
         return evidence.words(verdict, objective)
 
-    def _fault_start(self, service: str, *, down: bool) -> float | None:
-        """When the fault began that this is about: the newest known on the service since it last healed."""
+    def _learn_fault(self, incident: Incident) -> None:
+        """When did the fault begin that this is about? The newest one known on the service is taken.
+
+        It may be recorded after its harm was seen: whoever kills a process says so afterwards.
+        """
+        service = incident.service
         healed = max((one.closed_at or 0.0 for one in self.past if one.service == service), default=0.0)
         starts = [
             fault.started_at
             for fault in self.situation.faults_at(service)
-            if healed < fault.started_at <= self.now and (not down or fault.at == "process")
+            if healed < fault.started_at <= incident.opened_at
+            and (incident.verdict is not None or fault.at == "process")
         ]
-        return max(starts, default=None)
+        if starts:
+            incident.fault_at = max(starts)
+            incident.detect_s = incident.opened_at - incident.fault_at
 
     def _advance(self, incident: Incident) -> None:
         """Move an incident on as far as what is known now allows."""
+        if incident.fault_at is None:
+            self._learn_fault(incident)
         if self.observer.short_of(incident.service):
             incident.recovery.mark_bad(self.now)
         elif not self.observer.judges_of(incident.service):

@@ -21,6 +21,7 @@ _RECENT_S = 30.0  # exports kept to localise with
 _HISTORY_S = 2.0  # an export that was older when watch started is history: it is counted, not judged
 _STILL_ALPHA = 1e-6  # a remedy is on trial, for seconds: fewer looks than a day has
 _WAS_DOWN_S = 3.0
+_GLIMPSE_S = 0.1  # a readiness that was lost for less is not worth an incident
 
 
 class Observer:
@@ -76,6 +77,11 @@ class Observer:
         """Instances that have served, should serve, and do not."""
         return [name for name in self._down_since if self.situation.instances[name].service == service]
 
+    @property
+    def any_down(self) -> bool:
+        """Is any instance down?"""
+        return bool(self._down_since)
+
     def lately_down(self, name: str) -> bool:
         """Is the instance down, or was it a moment ago?"""
         return self._was_down.get(name, -math.inf) > self.now - _WAS_DOWN_S
@@ -92,10 +98,12 @@ class Observer:
         return down > 0 and (expected - down) / expected < objective.in_service
 
     def short_services(self) -> list[str]:
-        """The services for which that is so."""
-        if not self._down_since:
-            return []
-        services = {self.situation.instances[name].service for name in self._down_since}
+        """The services for which that is so, and has been for a moment."""
+        services = {
+            self.situation.instances[name].service
+            for name, since in self._down_since.items()
+            if self.now - since >= _GLIMPSE_S
+        }
         return sorted(service for service in services if self.short_of(service))
 
     # -- observing ----------------------------------------------------------------------------------------

@@ -1,0 +1,181 @@
+"""A policy's objectives as Prometheus rules: what watch heals within seconds, Prometheus tells people about.
+
+An alert fires when a service burns its error budget too fast, over a long window (it matters) and over a
+short one (it still goes on): multi-window, multi-burn-rate alerts, "Alerting on SLOs", chapter 5 of
+https://sre.google/workbook/alerting-on-slos/. A burn rate of 1 spends the budget exactly in its period.
+
+The workbook's windows are for a period of 30 days; for another one they are scaled, and never made shorter
+than a few scrapes. A burn rate that the objective does not leave room for is left out: where 25 % may be bad,
+nothing can burn more than four times too fast.
+
+Objectives about latency count what is above the exported bucket bound that lies nearest to their threshold.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jinja2
+
+from meshdemo.control.metrics import bounds_s
+from meshdemo.remediation.policy import Objective, Policy
+from meshdemo.resources import TEMPLATES
+
+_PERIOD_S = 30 * 86_400  # of the workbook
+# Burn rate, long and short window in seconds of that period, and what becomes of the alert.
+_BURNS: tuple[tuple[float, int, int, str], ...] = (
+    (14.4, 3600, 300, "page"),
+    (6.0, 6 * 3600, 1800, "page"),
+    (3.0, 86_400, 7200, "ticket"),
+    (1.0, 3 * 86_400, 6 * 3600, "ticket"),
+)
+_SHORTEST_LONG_S, _SHORTEST_SHORT_S = 60, 20  # at least four scrapes of a local mesh
+_INTERVAL_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Burn:
+    """How fast is too fast, over which windows (seconds)."""
+
+    factor: float
+    long_s: int
+    short_s: int
+    severity: str
+
+
+def burns(allowed: float, period_s: float) -> list[Burn]:
+    """The alerts of an objective that allows this share of bad events in this period.
+
+    Windows of two alerts that are too short to be told apart are kept apart by doubling the slower one's.
+    """
+    found: list[Burn] = []
+    scale = period_s / _PERIOD_S
+    reachable = [burn for burn in _BURNS if burn[0] * allowed < 0.9] or [_BURNS[-1]]
+    for factor, long_s, short_s, severity in reachable:
+        longest = found[-1].long_s * 2 if found else _SHORTEST_LONG_S
+        long = max(round(long_s * scale), longest)
+        short = min(long // 2, max(round(short_s * scale), _SHORTEST_SHORT_S))
+        # The fastest that can be reached is the one that somebody must see at once.
+        found.append(Burn(factor, long, short, severity if found else "page"))
+    return found
+
+
+def render(policy: Policy) -> str:
+    """The rules of a policy, as a Prometheus rule file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES / "prometheus"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # noqa: S701 (YAML; values go through tojson)
+    )
+    requests = [objective for objective in policy.objectives if objective.in_service is None]
+    instances = [objective for objective in policy.objectives if objective.in_service is not None]
+    return environment.get_template("rules.yml.j2").render(
+        interval=_duration(_INTERVAL_S),
+        objectives=[_about_requests(objective) for objective in requests],
+        in_service=[_about_instances(objective) for objective in instances],
+    )
+
+
+def _about_requests(objective: Objective) -> dict[str, object]:
+    alerts = burns(objective.allowed, objective.budget)
+    windows = sorted({window for burn in alerts for window in (burn.long_s, burn.short_s)})
+    label = f'objective="{objective.name}"'
+    bad = partial(_bad_share, objective)
+
+    def above(window_s: int, factor: float) -> str:
+        bound = round(factor * objective.allowed, 6)
+        return f"service:meshdemo_objective_bad:ratio_rate{_duration(window_s)}{{{label}}} > {bound:g}"
+
+    return {
+        "name": objective.name,
+        "text": objective.text,
+        "period": _duration(objective.budget),
+        "windows": [_duration(window) for window in windows],
+        "bad": bad,
+        "budget_left": f"1 - {bad(_duration(objective.budget))} / {objective.allowed:.6g}",
+        "alerts": [
+            {
+                "factor": f"{burn.factor:g}",
+                "severity": burn.severity,
+                "long": _duration(burn.long_s),
+                "short": _duration(burn.short_s),
+                "spent_in": _duration(math.ceil(objective.budget / burn.factor)),
+                "expr": f"{above(burn.long_s, burn.factor)} and {above(burn.short_s, burn.factor)}",
+            }
+            for burn in alerts
+        ],
+    }
+
+
+def _bad_share(objective: Objective, window: str) -> str:
+    """The share of bad requests over a window, by service; 0..1."""
+    where = _selector(objective)
+
+    def total(metric: str, *labels: str) -> str:
+        chosen = ", ".join((*where, *labels))
+        return f"sum by (service) (rate({metric}{{{chosen}}}[{window}]))"
+
+    if objective.latency is not None:
+        prefix = "meshdemo_client_request" if objective.effective else "meshdemo_request"
+        fast = total(f"{prefix}_duration_seconds_bucket", f'le="{_nearest_bound(objective.latency.below)}"')
+        return f"(1 - {fast} / ({total(f'{prefix}_duration_seconds_count')} > 0))"
+    prefix = "meshdemo_client_" if objective.effective else "meshdemo_"
+    failures = total(f"{prefix}request_failures_total")
+    return f"({failures} / ({total(f'{prefix}requests_total')} > 0))"
+
+
+def _about_instances(objective: Objective) -> dict[str, str]:
+    where = ", ".join(_selector(objective))
+    ready, expected = (
+        f'sum by (service) (meshdemo_instances{{{where}{", " if where else ""}state="{state}"}})'
+        for state in ("ready", "expected")
+    )
+    return {
+        "name": objective.name,
+        "text": objective.text,
+        "ratio": f"{ready} / ({expected} > 0)",
+        "expr": f'service:meshdemo_instances_in_service:ratio{{objective="{objective.name}"}} '
+        f"< {objective.in_service:g}",
+    }
+
+
+def _selector(objective: Objective) -> tuple[str, ...]:
+    """The services that an objective speaks of, as label matchers."""
+    matchers = []
+    if "*" not in objective.services:
+        matchers.append(f'service=~"{_regex(objective.services)}"')
+    if objective.except_:
+        matchers.append(f'service!~"{_regex(objective.except_)}"')
+    return tuple(matchers)
+
+
+def _regex(patterns: Sequence[str]) -> str:
+    """Patterns of a policy as one regular expression; Prometheus anchors it at both ends."""
+    return "|".join(_one_regex(pattern) for pattern in patterns)
+
+
+def _one_regex(pattern: str) -> str:
+    parts = re.findall(r"\[!?[^\]]+\]|.", pattern)
+    words = {"*": ".*", "?": "."}
+    return "".join(
+        part.replace("[!", "[^") if len(part) > 1 else words.get(part, re.escape(part).replace("\\-", "-"))
+        for part in parts
+    )
+
+
+def _nearest_bound(threshold_s: float) -> str:
+    """The exported bucket bound nearest to a threshold, as it stands in the label `le`."""
+    return min(bounds_s(), key=lambda le: abs(math.log(float(le) / threshold_s)))
+
+
+def _duration(seconds: float) -> str:
+    """As Prometheus writes durations: `30s`, `5m`, `1h`."""
+    whole = max(1, round(seconds))
+    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if whole % length == 0:
+            return f"{whole // length}{unit}"
+    return f"{whole}s"
