@@ -146,6 +146,13 @@ def test_a_lost_control_plane_is_said_and_not_hidden() -> None:
     assert "does not answer" in text(view(connected=False), 80, 24)
 
 
+def test_a_service_that_nobody_calls_casts_no_doubt_on_the_rest() -> None:
+    idle = service("service-a", "unknown")
+    assert "✓ ok: verifying" in text(view((idle, service("service-b"))), 80, 24)
+    assert "? unknown: verifying" in text(view((idle,)), 80, 24)
+    assert "✗ violated: verifying" in text(view((idle, service("service-b", "violated"))), 80, 24)
+
+
 def test_nothing_to_show_yet() -> None:
     shown = text(view(services=()), 80, 24)
     assert "no service yet" in shown

@@ -60,7 +60,7 @@ _EVENT_STYLES = {
     "violated": "red", "gave_up": "bold red", "error": "red", "blocked": "yellow", "acted": "cyan",
     "escalated": "yellow", "healed": "green", "verified": "green",
 }  # fmt: skip
-_DOUBTFUL = ("violated", "healing", "unknown")  # service states, the most urgent first
+_MOST_URGENT_FIRST = ("violated", "healing", "ok")
 _ASCII = str.maketrans("✓✗●◌⊘↻·…→│─█░▁▂▃▄▅▆▇", "+x*o#~-~>|-#._.-=+*#")
 
 
@@ -206,8 +206,9 @@ def _head(view: WatchView, width: int, height: int) -> list[Text]:
 
 
 def _worst(services: Sequence[ServiceView]) -> str:
+    """How the whole stands. A service that nobody calls is unknown, and casts no doubt on the others."""
     states = {service.health for service in services}
-    return next((state for state in _DOUBTFUL if state in states), "ok")
+    return next((state for state in _MOST_URGENT_FIRST if state in states), "unknown")
 
 
 # -- sections: a heading and rows, each with a weight that says which to keep ------------------------------
@@ -324,7 +325,7 @@ _SPARKS: tuple[tuple[str, Callable[[Trend], Sequence[float | None]], float | Non
     ("P95", lambda trend: trend.p95_ms, None),
 )
 _LEAST_SPARK = 10
-_MOST_SPARK = 30
+_MOST_SPARK = 60
 _LEAST_TOP = 0.1  # of the bad share, so that a single bad request is no tower
 
 
