@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from meshdemo.control.signals import BOUNDS_MS, Sample, middle_ms
+from meshdemo.control.signals import BOUNDS_MS, Cell, Sample, middle_ms
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -37,6 +37,11 @@ class Totals:
         self._latency: defaultdict[tuple[str, str], defaultdict[int, int]] = defaultdict(
             lambda: defaultdict(int)
         )
+        # What callers got, after retries: service and caller.
+        self._client: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+        self._client_latency: defaultdict[tuple[str], defaultdict[int, int]] = defaultdict(
+            lambda: defaultdict(int)
+        )
         self._events: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self._exports = 0
 
@@ -46,17 +51,27 @@ class Totals:
             self._exports += 1
             for cell in sample.cells:
                 if not cell.inbound:
+                    self._add_client(sample.service, cell)
                     continue
                 series = (sample.service, sample.version, cell.route, cell.peer)
                 for code, n in cell.codes.items():
                     self._requests[(*series, code)] += n
-                if cell.failures:
-                    self._failures[series] += cell.failures
-                if cell.denied:
-                    self._denied[series] += cell.denied
+                # Also where there are none: a series that begins with its first failure hides that one.
+                self._failures[series] += cell.failures
+                self._denied[series] += cell.denied
                 latency = self._latency[series[:2]]
                 for index, n in cell.latency.counts.items():
                     latency[index] += n
+
+    def _add_client(self, caller: str, cell: Cell) -> None:
+        if not cell.peer:
+            return
+        counts = self._client[cell.peer, caller]
+        for position, n in enumerate((cell.requests, cell.failures, cell.refused)):
+            counts[position] += n
+        latency = self._client_latency[(cell.peer,)]
+        for index, n in cell.latency.counts.items():
+            latency[index] += n
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Count what watch did and found."""
@@ -72,6 +87,8 @@ class Totals:
         with self._lock:
             requests, failures, denied = dict(self._requests), dict(self._failures), dict(self._denied)
             latency = {key: dict(counts) for key, counts in self._latency.items()}
+            client = {key: tuple(counts) for key, counts in self._client.items()}
+            client_latency = {key: dict(counts) for key, counts in self._client_latency.items()}
             events, exports = dict(self._events), self._exports
 
         total = CounterMetricFamily(
@@ -90,14 +107,35 @@ class Totals:
             for series, n in counts.items():
                 family.add_metric(series, n)
             yield family
-        duration = HistogramMetricFamily(
-            "meshdemo_request_duration_seconds",
-            "Time from a request's first to its answer's last byte.",
-            labels=("service", "version"),
-        )
-        for scope, by_index in latency.items():
-            duration.add_metric(scope, _buckets(by_index), sum_value=_sum_s(by_index))
-        yield duration
+        for position, (name, words) in enumerate(
+            (
+                ("requests", "Requests as callers see them: retries of one count once."),
+                ("request_failures", "Requests that failed for the caller, after retries."),
+                ("request_refused", "Requests that a circuit breaker refused; they are failures too."),
+            )
+        ):
+            family = CounterMetricFamily(f"meshdemo_client_{name}", words, labels=("service", "caller"))
+            for key, counted in client.items():
+                family.add_metric(key, counted[position])
+            yield family
+        for name, words, labels, histograms in (
+            (
+                "meshdemo_request_duration_seconds",
+                "Time from a request's first to its answer's last byte.",
+                ("service", "version"),
+                latency,
+            ),
+            (
+                "meshdemo_client_request_duration_seconds",
+                "The same as callers see it, retries included.",
+                ("service",),
+                client_latency,
+            ),
+        ):
+            duration = HistogramMetricFamily(name, words, labels=labels)
+            for scope, by_index in histograms.items():
+                duration.add_metric(scope, _buckets(by_index), sum_value=_sum_s(by_index))
+            yield duration
         for event, name, label, words in (
             ("acted", "meshdemo_remedies", "remedy", "Remedies that watch tried."),
             ("violated", "meshdemo_violations", "objective", "Objectives that watch found violated."),
@@ -112,6 +150,15 @@ class Totals:
         )
 
 
+def bounds_s() -> tuple[str, ...]:
+    """The upper bounds of the histogram's buckets in seconds, as they stand in the label `le`."""
+    return tuple(_le(index) for index in _LE)
+
+
+def _le(index: int) -> str:
+    return str(BOUNDS_MS[index] / 1000)
+
+
 def _buckets(by_index: Mapping[int, int]) -> list[tuple[str, float]]:
     """Cumulative buckets in seconds. A bucket holds what is below its bound, as Envoy counts it."""
     rows: list[tuple[str, float]] = []
@@ -121,7 +168,7 @@ def _buckets(by_index: Mapping[int, int]) -> list[tuple[str, float]]:
         while position < len(indices) and indices[position] <= le:
             seen += by_index[indices[position]]
             position += 1
-        rows.append((f"{BOUNDS_MS[le] / 1000:g}", seen))
+        rows.append((_le(le), seen))
     return [*rows, ("+Inf", sum(by_index.values()))]
 
 
@@ -151,6 +198,21 @@ def page(
             ):
                 sidecars.add_metric((state,), n)
             yield sidecars
+            there = GaugeMetricFamily(
+                "meshdemo_instances", "Instances by what they are.", labels=("service", "version", "state")
+            )
+            workloads = dict.fromkeys((row["service"], row["version"]) for row in instances)
+            for service, version in workloads:
+                rows = [row for row in instances if (row["service"], row["version"]) == (service, version)]
+                in_service = [row for row in rows if row["ready"] and not row["ejected"]]
+                for state, count in (
+                    ("expected", len(rows)),
+                    ("ready", len(in_service)),
+                    ("ejected", sum(row["ejected"] for row in rows)),
+                    ("silent", sum(row["silent"] for row in rows)),
+                ):
+                    there.add_metric((service, version, state), count)
+            yield there
             yield GaugeMetricFamily("meshdemo_intent_revision", "Revision of the intent.", value=revision)
             yield GaugeMetricFamily("meshdemo_faults", "Faults in force.", value=faults)
             yield GaugeMetricFamily(
