@@ -82,8 +82,12 @@ class Control:
 
     @property
     def mesh(self) -> MeshState:
-        """The mesh as the runtime last reported it."""
-        return self.plane.mesh
+        """The mesh as the runtime last reported it, but for instances that are leaving."""
+        whole = self.plane.mesh
+        staying = tuple(instance for instance in whole.instances if not instance.leaving)
+        if len(staying) == len(whole.instances):
+            return whole
+        return whole.model_copy(update={"instances": staying})
 
     def status(self) -> StatusRow:
         """Every instance and how its sidecar stands, and what sidecars rejected."""
@@ -93,6 +97,8 @@ class Control:
         rows: list[InstanceRow] = []
         for sidecar in sidecars:
             instance = sidecar.instance
+            if instance.leaving:
+                continue
             report_s = self.store.last_report_s(instance.id)
             rows.append(
                 {

@@ -188,6 +188,7 @@ def mesh_state(
                 metrics_port=PLAIN_PORT,
                 app_port=service.port,
                 ready=(labels[SERVICE], meta["name"]) in serving and "deletionTimestamp" not in meta,
+                leaving="deletionTimestamp" in meta,
             )
         )
     addresses = {

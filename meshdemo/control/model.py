@@ -31,6 +31,9 @@ class Instance(_Value):
     app_host: str = "127.0.0.1"
     app_port: int
     ready: bool = Field(default=False, description="takes traffic; false while starting or draining")
+    leaving: bool = Field(
+        default=False, description="on its way out for good: still configured, but no one's to judge or show"
+    )
     token_sha256: str = Field(default="", description="hex; of the bearer token (local runtime)")
 
 
@@ -124,3 +127,6 @@ class WorkloadRevision(_Value):
     env: dict[str, str] = Field(default_factory=dict)
     created_at: float
     reason: str = ""
+    instance: str | None = Field(
+        default=None, description="the one instance that runs it, where that had to be made anew for it"
+    )

@@ -228,15 +228,18 @@ def _inject_app(
     env = _env(asked.lat_ms, asked.err_rate)
     before = {one.id: one.revision for one in target.instances}
     done: list[str] = []
+    only = {asked.instance}  # and the one that was made in its place, where a runtime does that
     fault: Fault | None = None
 
     def roll_out() -> None:
         for version in target.versions:
-            runtime.set_env(
+            rolled = runtime.set_env(
                 target.service, version, dict(env), reason=f"fault {fault_id}", instance=asked.instance,
                 expires_at=asked_at + asked.for_s if asked.for_s else None, fault_id=fault_id,
             )  # fmt: skip
             done.append(version)
+            if rolled.instance is not None:
+                only.add(rolled.instance)
 
     def meant() -> list[Instance]:
         return [
@@ -244,7 +247,7 @@ def _inject_app(
             for one in runtime.instances()
             if one.service == target.service
             and one.version in target.versions
-            and asked.instance in {None, one.id}
+            and (asked.instance is None or one.id in only)
         ]
 
     def carriers() -> list[Instance]:
@@ -255,7 +258,8 @@ def _inject_app(
         return (
             runtime.control()
             .add_fault(
-                at="app", service=target.service, version=asked.version, instance=asked.instance,
+                at="app", service=target.service, version=asked.version,
+                instance=carrying[0].id if asked.instance and carrying else asked.instance,
                 lat_ms=asked.lat_ms or 0, err_rate=asked.err_rate or 0, started_at=clock(),
                 revision=revisions.pop() if len(revisions) == 1 else None, for_s=asked.for_s,
                 fault_id=fault_id,

@@ -25,7 +25,7 @@ from meshdemo.kube import Manifest
 from meshdemo.resources import TEMPLATES
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import images
-from meshdemo.runtime.kubernetes.specs import deployment_of, load_key
+from meshdemo.runtime.kubernetes.specs import deployment_of
 from meshdemo.runtime.local.spec import MeshSpec, wanted
 
 APP_USER = 65532
@@ -128,7 +128,8 @@ def _workload(spec: MeshSpec, site: Site, key: str) -> str:
     name = deployment_of(one)
     env = dict(one.current.env)
     if service.load:
-        env.pop("RPS", None)
+        # Load begins once everybody is there: the control plane says when, and how much.
+        env["RPS"] = "0"
     return _render(
         "workload",
         spec,
@@ -139,7 +140,6 @@ def _workload(spec: MeshSpec, site: Site, key: str) -> str:
         revision=one.current.revision,
         image=site.images[images.image_name(program.program)] if program.program else program.image,
         command=None if program.program else program.command,
-        load_key=load_key(one.service, one.version) if service.load else None,
         env={
             **env,
             # The sidecar alone reaches the app; whoever else tries finds no one listening.

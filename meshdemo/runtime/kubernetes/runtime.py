@@ -39,6 +39,7 @@ OVERRIDE = PREFIX + "instance-env"  # annotation of a pod whose environment devi
 _ROLLOUT_S = 120.0  # for pods to be replaced or added in a mesh that runs
 _EFFECT_S = 15.0  # for the control plane to have seen it
 _LOOK_S = 0.1
+_ANSWER_S = 1.0
 
 
 class KubernetesRuntime:
@@ -49,6 +50,7 @@ class KubernetesRuntime:
         self.kind = kind
         self.notes: list[str] = []  # what `up` could not do, and the mesh can do without
         self._forward: Forward | None = None
+        self._seen: tuple[float, list[Instance]] = (-_LOOK_S, [])
 
     # -- how to reach it -----------------------------------------------------------------------------------
 
@@ -120,12 +122,23 @@ class KubernetesRuntime:
         return self.spec_map.load().app
 
     def instances(self) -> list[Instance]:
-        """The instances, whether ready or not."""
+        """The instances, whether ready or not; those on their way out are no more.
+
+        Whoever asks again and again is told what was seen a tenth of a second ago.
+        """
+        seen_at, seen = self._seen
+        if time.monotonic() - seen_at > _LOOK_S:
+            seen = self._look()
+            self._seen = (time.monotonic(), seen)
+        return seen
+
+    def _look(self) -> list[Instance]:
         labels = f"{k8s.MESH}={self.name},{k8s.SERVICE}"
         pods, slices, services = (
             self.cluster.find(kind, self.namespace, labels=labels)
             for kind in ("Pod", "EndpointSlice", "Service")
         )
+        pods = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         return list(k8s.mesh_state(self.name, self.namespace, self.app(), pods, slices, services).instances)
 
     def endpoints(self) -> dict[str, str | None]:
@@ -158,11 +171,14 @@ class KubernetesRuntime:
 
         With several versions the revision of the last one is returned. A revision of a single instance
         (`instance`) is not among `revisions`: its pod is replaced by one with another environment, under
-        another name, and ends with the next rollback.
+        another name (`WorkloadRevision.instance`), and that ends with the next rollback.
         """
+        began = time.time()
         spec = self.spec_map.load()
         if instance is not None:
-            return self._set_env_of_one(spec, instance, env, reason, expires_at, fault_id)
+            one = self._set_env_of_one(spec, instance, env, reason, expires_at, fault_id)
+            self._postpone(fault_id, time.time() - began)
+            return one
         versions = [version] if version else spec.versions(service)
         spec.workload(service, version or next(iter(versions), ""))  # says what is wrong with the names
 
@@ -174,7 +190,24 @@ class KubernetesRuntime:
                 return None
             return specs.timer_for(workload, env, instance=None, expires_at=expires_at, fault_id=fault_id)
 
-        return self._roll(service, versions, change, timer=timer)[-1]
+        rolled = self._roll(service, versions, change, timer=timer)
+        self._postpone(fault_id, time.time() - began)
+        return rolled[-1]
+
+    def _postpone(self, fault_id: str | None, seconds: float) -> None:
+        """A fault for a time lasts so long from when it is felt: pods took these seconds to start."""
+
+        def later(spec: specs.MeshSpec) -> specs.MeshSpec:
+            timers = tuple(
+                timer.model_copy(update={"expires_at": timer.expires_at + seconds})
+                if timer.fault_id == fault_id
+                else timer
+                for timer in spec.timers
+            )
+            return spec.model_copy(update={"timers": timers})
+
+        if fault_id is not None:
+            self.spec_map.change(later)
 
     def rollback(self, service: str, version: str, revision: int, *, reason: str) -> WorkloadRevision:
         """Roll out again what `revision` ran with, as a new revision."""
@@ -230,15 +263,36 @@ class KubernetesRuntime:
         return [new.current for new in after.values()]
 
     def restart(self, instance: str, *, reason: str) -> None:
-        """Replace one instance's pod; returns when its replacement is ready."""
+        """Replace one instance's pod; returns when its replacement is ready.
+
+        One that answers finishes what it was asked; one that hangs is killed, so that whoever waits for it
+        learns so at once and asks another.
+        """
         pod = self._pod(instance)
         self.cluster.event(pod, "Restarted", reason)
-        self.cluster.delete("Pod", instance, self.namespace)
+        grace_s = None if self._answers(instance, pod) else 1
+        self.cluster.delete("Pod", instance, self.namespace, grace_s=grace_s)
         self._await_gone(instance)
         labels = pod["metadata"]["labels"]
         name = f"{labels[k8s.SERVICE]}-{labels[k8s.VERSION]}"
         apply.await_rollout(self.cluster, self.namespace, [name], timeout_s=_ROLLOUT_S)
         self._await_effect(f"the replacement of {instance}", lambda row: row["ready"])
+
+    def _answers(self, instance: str, pod: Manifest) -> bool:
+        """Does its workload answer its health check just now? What speaks no HTTP cannot be asked."""
+        service = self.app().services[pod["metadata"]["labels"][k8s.SERVICE]]
+        if service.protocol != "http":
+            return apply.is_ready(pod)
+        tunnel = Forward(self.cluster, self.namespace, lambda: instance, PLAIN_PORT)
+        connection = HTTPConnection("127.0.0.1", tunnel.port, timeout=_ANSWER_S)
+        try:
+            connection.request("GET", service.healthz)
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False
+        finally:
+            connection.close()
+            tunnel.close()
 
     def _await_gone(self, instance: str) -> None:
         """Wait until a deleted pod is on its way out, so that nobody takes it for its own replacement."""
@@ -287,30 +341,9 @@ class KubernetesRuntime:
 
     def set_load(self, rps: float) -> None:
         """Set the rate of every instance that makes load; it outlives a restart of the instance."""
-        spec = self.spec_map.load()
-        specs.check_rps(spec.app, rps)
+        specs.check_rps(self.app(), rps)
+        self.control().set_load(rps)
         self.spec_map.change(lambda spec: spec.model_copy(update={"rps": rps}))
-        for name, service in spec.app.services.items():
-            for pod in self._pods(name) if service.load else ():
-                if apply.is_ready(pod):
-                    self._tell_load(pod["metadata"]["name"], rps)
-
-    def _tell_load(self, instance: str, rps: float) -> None:
-        tunnel = Forward(self.cluster, self.namespace, lambda: instance, PLAIN_PORT)
-        connection = HTTPConnection("127.0.0.1", tunnel.port, timeout=10)
-        try:
-            connection.request(
-                "PUT", "/load", body=json.dumps({"rps": rps}), headers={"Content-Type": "application/json"}
-            )
-            response = connection.getresponse()
-            said = response.read(200).decode("utf-8", "replace")
-        except (OSError, HTTPException) as error:
-            raise Failed(f"{instance} does not take a new load: {error}", "see `meshdemo logs`") from error
-        finally:
-            connection.close()
-            tunnel.close()
-        if response.status != 200:
-            raise Failed(f"{instance} does not take a new load: {response.status} {said}")
 
     # -- one instance that deviates ------------------------------------------------------------------------
 
@@ -335,6 +368,12 @@ class KubernetesRuntime:
         labels = old["metadata"]["labels"]
         service, version = labels[k8s.SERVICE], labels[k8s.VERSION]
         workload = spec.workload(service, version)
+        deviation = json.loads(old["metadata"].get("annotations", {}).get(OVERRIDE, "{}"))
+        wanted = specs.apply_env(specs.apply_env(workload.current.env, deviation), env)
+        if wanted == workload.current.env:
+            # Nothing is left in which it would differ: its ReplicaSet makes such pods.
+            self.restart(instance, reason=reason)
+            return workload.current
         name = f"{deployment_of(workload)}-{format(time.time_ns() // 1_000_000, 'x')[-7:]}"
         revisions: list[int] = []
 
@@ -365,8 +404,8 @@ class KubernetesRuntime:
         self._await_gone(instance)
         self._await_effect(f"{name} in the place of {instance}", lambda row: row["ready"])
         return WorkloadRevision(
-            service=service, version=version, revision=revisions[0],
-            env=specs.apply_env(workload.current.env, env), created_at=time.time(), reason=reason,
+            service=service, version=version, revision=revisions[0], env=wanted, created_at=time.time(),
+            reason=reason, instance=name,
         )  # fmt: skip
 
     def _await_pod(self, name: str) -> None:
@@ -397,7 +436,7 @@ class KubernetesRuntime:
         """Wait until the control plane knows what the cluster shows, and every sidecar runs with it."""
         give_up = time.monotonic() + _EFFECT_S
         while True:
-            shown = {one.id: one for one in self.instances() if one.ready}
+            shown = {one.id: one for one in self._look() if one.ready}
             status = self.control().status()
             rows = {row["id"]: row for row in status["instances"] if row["ready"]}
             done = rows.keys() == shown.keys() and all(
@@ -465,7 +504,7 @@ def _pod_like(
             "annotations": {
                 **meta.get("annotations", {}),
                 k8s.REVISION: str(revision),
-                OVERRIDE: json.dumps({key: value for key, value in env.items() if value is not None}),
+                OVERRIDE: json.dumps(env),
                 PREFIX + "reason": reason,
             },
         },

@@ -88,7 +88,7 @@ class Backend(server.Backend):
         while True:
             await self._source.change()
             if mesh := self._source.mesh():
-                control.store.track([instance.id for instance in mesh.instances])
+                control.store.track([one.id for one in mesh.instances if not one.leaving])
                 try:
                     await control.plane.refresh(mesh)
                 except MeshdemoError as error:
@@ -132,7 +132,7 @@ class Backend(server.Backend):
         """Tell on the pod what was done to it, for whoever looks with kubectl."""
         seq, _ = control.journal.after(-1)
         while True:
-            seq, events = await asyncio.to_thread(control.journal.after, seq, 5.0)
+            seq, events = await asyncio.to_thread(control.journal.after, seq, 1.0)
             for event in events:
                 if event["event"] in _EVENTS:
                     await asyncio.to_thread(self._leave_event, event)

@@ -65,7 +65,7 @@ class SpecMap:
         self._write(spec, None)
 
     def _write(self, spec: MeshSpec, version: str | None) -> bool:
-        body: Manifest = {"data": {"spec.json": spec.model_dump_json(), **load_settings(spec)}}
+        body: Manifest = {"data": {"spec.json": spec.model_dump_json()}}
         if version is not None:
             body["metadata"] = {"resourceVersion": version}
         try:
@@ -77,20 +77,15 @@ class SpecMap:
         return True
 
 
-def load_key(service: str, version: str) -> str:
-    """Under which key of the spec's ConfigMap a workload that makes load finds its rate."""
-    return f"rps.{service}.{version}"
-
-
-def load_settings(spec: MeshSpec) -> dict[str, str]:
-    """The rates of workloads that make load: pods read them at their start, so that a rate outlives a pod
-    and yet changing it restarts none."""
-    rates = {}
+def initial_load(spec: MeshSpec) -> float | None:
+    """The rate (requests/s) that every instance that makes load begins with; None if there is none."""
+    if spec.rps is not None:
+        return spec.rps
     for one in spec.workloads.values():
-        if spec.app.services[one.service].load:
-            asked = f"{spec.rps:g}" if spec.rps is not None else one.current.env.get("RPS", "")
-            rates[load_key(one.service, one.version)] = asked or "0"
-    return rates
+        rate = one.current.env.get("RPS", "")
+        if spec.app.services[one.service].load and rate.replace(".", "", 1).isdigit():
+            return float(rate)
+    return None
 
 
 def parsed(stored: Manifest) -> MeshSpec | None:

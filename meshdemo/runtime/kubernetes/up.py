@@ -25,7 +25,7 @@ from meshdemo.runtime.base import Step, UpOptions
 from meshdemo.runtime.kubernetes import apply, images, manifests, record
 from meshdemo.runtime.kubernetes.kind import Kind
 from meshdemo.runtime.kubernetes.record import Record
-from meshdemo.runtime.kubernetes.specs import deployment_of
+from meshdemo.runtime.kubernetes.specs import deployment_of, initial_load
 from meshdemo.runtime.local import spec as specs
 from meshdemo.runtime.steps import pause
 
@@ -312,7 +312,7 @@ class _Up:
         """Prometheus and Grafana are welcome and not needed."""
 
     def _request(self, tell: Callable[[str], None]) -> None:
-        """See a request go through the mesh."""
+        """See a request go through the mesh, and let the load begin."""
         from meshdemo.runtime.kubernetes.forward import Forward
         from meshdemo.runtime.local.through import request_through
 
@@ -336,11 +336,15 @@ class _Up:
                 for tunnel in tunnels:
                     tunnel.close()
             if not problem:
-                return
+                break
             tell(problem)
             if self._left() <= 1:
                 raise Failed(f"{problem} after {self._options.timeout_s:g} s", "`meshdemo logs` may tell why")
             pause(0.2)
+        control, rate = runtime.control(), initial_load(self._spec)
+        if rate is not None and (self._options.rps is not None or control.intent().load_rps is None):
+            tell("setting the load")
+            control.set_load(rate)
 
 
 def _make_once(cluster: Cluster, manifest: Manifest, namespace: str) -> None:
