@@ -211,10 +211,10 @@ def test_any_traffic_is_either_kept_or_bad_input(changes: dict[str, Any]) -> Non
 
 
 def test_access_starts_from_what_the_app_declares() -> None:
-    assert callers(Intent(), MESH, "service-b") == ["service-a"]
+    assert callers(Intent(), MESH)["service-b"] == ["service-a"]
     intent = set_access(Intent(), MESH, "service-c", "service-b", True)
     intent = set_access(intent, MESH, "service-a", "service-b", False)
-    assert callers(intent, MESH, "service-b") == ["service-c"]
+    assert callers(intent, MESH)["service-b"] == ["service-c"]
     assert [(row.caller, row.service, row.allowed, row.explicit) for row in access(intent, MESH)] == [
         ("service-a", "service-b", False, True),
         ("service-c", "service-b", True, True),

@@ -37,6 +37,8 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     # Sidecars ping every 30 s, too; by default the server takes that for abuse and hangs up.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # No probing of the bandwidth: it answers each message with a ping, and what is sent here is small.
+    ("grpc.http2.bdp_probe", 0),
     # Two servers on one port would share the sidecars between them.
     ("grpc.so_reuseport", 0),
 )
@@ -81,14 +83,15 @@ class _Subscription:
     """One type on one stream.
 
     `names` are those that the sidecar asks for, `missing` those of them that it lacks whatever `sent` says;
-    `sent` is what it should have by what it was sent; `nonce` is that of the last response, and `waiting`
-    says that this is neither ACKed nor rejected yet.
+    `sent` is what it should have by what it was sent; `nonce` is that of the last response, `number` counts
+    that among all of the stream, and `waiting` says that it is neither ACKed nor rejected yet.
     """
 
     names: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
     sent: tuple[xds.Bundle, ...] = ()
     nonce: str = ""
+    number: int = 0
     waiting: bool = False
     nack: str = ""
 
@@ -119,9 +122,10 @@ class Stream:
         subscription = self._subscriptions.get(type_url)
         if subscription is None:
             subscription = self._subscriptions[type_url] = _Subscription(names=names, missing=names)
-            if type_url in xds.STATE_OF_THE_WORLD and request.version_info == self._version(type_url):
+            wanted = self.wanted.get(type_url, ())
+            if type_url in xds.STATE_OF_THE_WORLD and request.version_info == _version(wanted):
                 # It is back, with all that it should have. (Of other types it may lack some of it.)
-                subscription.sent = self.wanted[type_url]
+                subscription.sent = wanted
             return
         if request.response_nonce != subscription.nonce:
             return  # about what has been superseded; the answer to the last response will come
@@ -196,16 +200,14 @@ class Stream:
         elif type_url == xds.ENDPOINTS:
             self._owed -= names
         self.responses += 1
-        subscription.nonce = str(self.responses)
+        subscription.number = self.responses
+        # Counted by type: streams with the same past get the same bytes, nonce included.
+        subscription.nonce = str(int(subscription.nonce or "0") + 1)
         subscription.sent = wanted
         subscription.missing -= names
         subscription.waiting = True
         subscription.nack = ""
-        resources = [bundle.part(names) for bundle in wanted]
-        return xds.response(type_url, self._version(type_url), subscription.nonce, resources)
-
-    def _version(self, type_url: str) -> str:
-        return ".".join(bundle.version for bundle in self.wanted.get(type_url, ()))
+        return _encoded(type_url, wanted, names, subscription.nonce)
 
     # -- standing -----------------------------------------------------------------------------------------
 
@@ -225,7 +227,7 @@ class Stream:
         return {
             xds.SHORT[type_url]: subscription.nack
             for type_url, subscription in self._subscriptions.items()
-            if subscription.nack and int(subscription.nonce) > after
+            if subscription.nack and subscription.number > after
         }
 
 
@@ -444,6 +446,16 @@ async def _quietly(work: Awaitable[None]) -> None:
 
 _REMOVAL_ORDER: Sequence[str] = (*(kind for kind in xds.ORDER if kind != xds.CLUSTERS), xds.CLUSTERS)
 """Clusters that go, go last: nothing may refer to them any more."""
+
+
+@lru_cache(maxsize=16)  # few: a push brings one or two, and each may be large
+def _encoded(type_url: str, wanted: tuple[xds.Bundle, ...], names: frozenset[str], nonce: str) -> bytes:
+    resources = [bundle.part(names) for bundle in wanted]
+    return xds.response(type_url, _version(wanted), nonce, resources)
+
+
+def _version(bundles: tuple[xds.Bundle, ...]) -> str:
+    return ".".join(bundle.version for bundle in bundles)
 
 
 @lru_cache(maxsize=256)

@@ -261,9 +261,13 @@ def access(intent: Intent, mesh: MeshState) -> Iterator[Access]:
         yield Access(caller, service, intent.access.get(pair, pair in declared), pair in intent.access)
 
 
-def callers(intent: Intent, mesh: MeshState, service: str) -> list[str]:
-    """The services that may call `service`, in order."""
-    return [row.caller for row in access(intent, mesh) if row.service == service and row.allowed]
+def callers(intent: Intent, mesh: MeshState) -> dict[str, list[str]]:
+    """By service, the services that may call it, in order."""
+    allowed: dict[str, list[str]] = {}
+    for row in access(intent, mesh):
+        if row.allowed:
+            allowed.setdefault(row.service, []).append(row.caller)
+    return allowed
 
 
 # -- ejections --------------------------------------------------------------------------------------------

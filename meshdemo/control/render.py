@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import jinja2
 import yaml
@@ -38,7 +39,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from pydantic import BaseModel
 
-from meshdemo.apps.model import Route, Service
+from meshdemo.apps.model import App, Route, Service
 from meshdemo.control import captured, xds
 from meshdemo.control.identity import spiffe_id, trust_domain
 from meshdemo.control.intent import callers
@@ -172,8 +173,10 @@ class Renderer:
             undefined=jinja2.StrictUndefined,
             autoescape=False,  # noqa: S701 (YAML; values go through tojson)
         )
+        self._app: App | None = None
         self._used: dict[Hashable, Any] = {}
         self._before: dict[Hashable, Any] = {}
+        self._bundles: WeakValueDictionary[tuple[str, str], xds.Bundle] = WeakValueDictionary()
 
     def snapshots(self, mesh: MeshState, intent: Intent, *, tap: bool = False) -> dict[str, xds.Snapshot]:
         """What each instance's sidecar should have, by instance id; secrets are not in it.
@@ -181,16 +184,19 @@ class Renderer:
         Raises:
             jinja2.TemplateError, yaml.YAMLError, json_format.ParseError: a template is broken.
         """
+        # The runtime reports the same app again and again: as one object it is a cheap key.
+        if self._app is None or mesh.app != self._app:
+            self._app = mesh.app
         # Two generations: what this round uses is kept for the next, the rest is forgotten.
         self._before, self._used = self._used, {}
         try:
-            return self._snapshots(mesh, intent, tap)
+            return self._snapshots(mesh.model_copy(update={"app": self._app}), intent, tap)
         except BaseException:
             self._used = {**self._before, **self._used}
             raise
 
     def _snapshots(self, mesh: MeshState, intent: Intent, tap: bool) -> dict[str, xds.Snapshot]:
-        traffic = {name: intent.traffic.get(name, Traffic()) for name in mesh.app.services}
+        traffic = {name: intent.traffic.get(name, _DEFAULT) for name in mesh.app.services}
         splits, versions = _serving(mesh, traffic, {ejection.instance for ejection in intent.ejections})
         shared = _Shared(
             runtime=self._bundle(xds.RUNTIME, [self._made("runtime", Runtime, tap=tap)]),
@@ -199,8 +205,15 @@ class Renderer:
             outbound=self._outbound(mesh, splits, traffic),
             listeners=self._captured_listeners(mesh, splits) if mesh.addresses else (),
         )
+        allowed = callers(intent, mesh)
         services = {
-            name: self._service(mesh, intent, name, service) for name, service in mesh.app.services.items()
+            name: self._service(
+                mesh,
+                service,
+                tuple(allowed.get(name, ())),
+                tuple(fault for fault in intent.faults if fault.at == "mesh" and fault.service == name),
+            )
+            for name, service in mesh.app.services.items()
         }
         return {
             instance.id: self._snapshot(shared, services[instance.service], instance)
@@ -209,23 +222,28 @@ class Renderer:
 
     def _snapshot(self, shared: _Shared, of: _ServiceParts, instance: Instance) -> xds.Snapshot:
         inbound = self._inbound(of, instance)
+        where = (instance.host, instance.inbound_port, instance.outbound_port, instance.metrics_port)
+        app = (instance.app_host, instance.app_port)
+        return self._once(
+            ("snapshot", instance.id, where, app, shared, of, inbound),
+            lambda: self._assembled(shared, of, instance, inbound),
+        )
+
+    def _assembled(
+        self, shared: _Shared, of: _ServiceParts, instance: Instance, inbound: xds.Bundle
+    ) -> xds.Snapshot:
         app = self._endpoints_of("app", ((instance.app_host, instance.app_port),))
-        ports = (instance.host, instance.inbound_port, instance.outbound_port, instance.metrics_port)
         if shared.listeners:
             own = self._captured_inbound(of, instance.app_port)
         else:
-            own = self._once(("listeners", ports, of.listeners), lambda: _listeners(of.listeners, instance))
-        listeners = (*shared.listeners, own)
-        return self._once(
-            ("snapshot", instance.id, shared, of.app, inbound, app, listeners),
-            lambda: {
-                xds.RUNTIME: (shared.runtime,),
-                xds.CLUSTERS: (shared.clusters, of.app),
-                xds.ENDPOINTS: (shared.endpoints, self._bundle(xds.ENDPOINTS, [app])),
-                xds.LISTENERS: listeners,
-                xds.ROUTES: (shared.outbound, inbound),
-            },
-        )
+            own = self._interned(xds.LISTENERS, _listeners(of.listeners, instance))
+        return {
+            xds.RUNTIME: (shared.runtime,),
+            xds.CLUSTERS: (shared.clusters, of.app),
+            xds.ENDPOINTS: (shared.endpoints, self._bundle(xds.ENDPOINTS, [app])),
+            xds.LISTENERS: (*shared.listeners, own),
+            xds.ROUTES: (shared.outbound, inbound),
+        }
 
     # -- what all sidecars share --------------------------------------------------------------------------
 
@@ -233,19 +251,26 @@ class Renderer:
         return self._bundle(
             xds.CLUSTERS,
             [
-                self._made(
-                    "cluster",
-                    Cluster,
-                    service=name,
-                    version=version,
-                    protocol=mesh.app.services[name].protocol,
-                    identity=spiffe_id(mesh.mesh, mesh.namespace, name),
-                    traffic=_limits(traffic[name]),
-                )
+                self._cluster(mesh, name, version, traffic[name])
                 for name, of in versions.items()
                 for version in of
             ]
             + ([self._made("passthrough", Cluster)] if mesh.addresses else []),
+        )
+
+    def _cluster(self, mesh: MeshState, name: str, version: str, traffic: Traffic) -> _Made[Cluster]:
+        service = mesh.app.services[name]
+        return self._once(
+            ("cluster", _Is(service), version, _Is(traffic)),
+            lambda: self._made(
+                "cluster",
+                Cluster,
+                service=name,
+                version=version,
+                protocol=service.protocol,
+                identity=spiffe_id(mesh.mesh, mesh.namespace, name),
+                traffic=_limits(traffic),
+            ),
         )
 
     def _endpoints(self, versions: _Versions) -> xds.Bundle:
@@ -261,20 +286,7 @@ class Renderer:
     def _outbound(
         self, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traffic: Mapping[str, Traffic]
     ) -> xds.Bundle:
-        hosts = []
-        for name, service in mesh.app.services.items():
-            hosts.append(
-                self._made(
-                    "virtual_host",
-                    VirtualHost,
-                    service=name,
-                    protocol=service.protocol,
-                    domains=_domains(name, mesh.namespace),
-                    routes=declared_routes(service),
-                    split=splits[name],
-                    traffic=_routing(traffic[name]),
-                )
-            )
+        hosts = [self._host(mesh, name, splits[name], traffic[name]) for name in mesh.app.services]
         frame = self._made("routes_outbound", RouteConfiguration)
         routes = self._once(
             ("outbound", frame, *hosts),
@@ -283,6 +295,24 @@ class Renderer:
         # Where traffic is redirected, the address that was called says which service is meant.
         redirected = [self._table_of_one(host) for host in (hosts if mesh.addresses else ())]
         return self._bundle(xds.ROUTES, [routes, *redirected])
+
+    def _host(
+        self, mesh: MeshState, name: str, split: Mapping[str, int], traffic: Traffic
+    ) -> _Made[VirtualHost]:
+        service = mesh.app.services[name]
+        return self._once(
+            ("host", _Is(service), tuple(split.items()), _Is(traffic)),
+            lambda: self._made(
+                "virtual_host",
+                VirtualHost,
+                service=name,
+                protocol=service.protocol,
+                domains=_domains(name, mesh.namespace),
+                routes=declared_routes(service),
+                split=split,
+                traffic=_routing(traffic),
+            ),
+        )
 
     def _table_of_one(self, host: _Made[VirtualHost]) -> _Made[RouteConfiguration]:
         return self._once(("outbound", host), lambda: _Made(captured.routes(host.message)))
@@ -335,15 +365,27 @@ class Renderer:
 
     # -- what the instances of one service share ----------------------------------------------------------
 
-    def _service(self, mesh: MeshState, intent: Intent, name: str, service: Service) -> _ServiceParts:
-        rules = access_rules(
-            [spiffe_id(mesh.mesh, mesh.namespace, caller) for caller in callers(intent, mesh, name)]
+    def _service(
+        self, mesh: MeshState, service: Service, allowed: tuple[str, ...], faults: tuple[Fault, ...]
+    ) -> _ServiceParts:
+        """`allowed`: the services that may call; `faults`: those in the sidecars of this service."""
+        return self._once(
+            ("service", _Is(service), allowed, faults),
+            lambda: self._service_parts(mesh, service, allowed, faults),
         )
+
+    def _service_parts(
+        self, mesh: MeshState, service: Service, allowed: tuple[str, ...], faults: tuple[Fault, ...]
+    ) -> _ServiceParts:
+        def identity(name: str) -> str:
+            return spiffe_id(mesh.mesh, mesh.namespace, name)
+
+        rules = access_rules([identity(caller) for caller in allowed])
         return _ServiceParts(
             service=service,
             rules=rules,
-            faults=tuple(fault for fault in intent.faults if fault.at == "mesh" and fault.service == name),
-            identity=lambda caller: spiffe_id(mesh.mesh, mesh.namespace, caller),
+            faults=faults,
+            identity=identity,
             app=self._bundle(xds.CLUSTERS, [self._made("app", Cluster, protocol=service.protocol)]),
             listeners=(
                 self._made(
@@ -360,7 +402,7 @@ class Renderer:
         )
 
     def _inbound(self, of: _ServiceParts, instance: Instance) -> xds.Bundle:
-        faults = tuple(
+        faults = of.faults and tuple(
             fault
             for fault in of.faults
             if fault.version in (None, instance.version) and fault.instance in (None, instance.id)
@@ -407,8 +449,29 @@ class Renderer:
         """These messages as one bundle: the same object for as long as they are the same."""
         return self._once(
             ("bundle", *made),
-            lambda: xds.Bundle({one.name: xds.encode(type_url, one.message) for one in made}),
+            lambda: self._interned(
+                type_url, xds.Bundle({one.name: xds.encode(type_url, one.message) for one in made})
+            ),
         )
+
+    def _interned(self, type_url: str, bundle: xds.Bundle) -> xds.Bundle:
+        """The bundle of this content that is in use already, if there is one: what is equal is identical."""
+        return self._bundles.setdefault((type_url, bundle.version), bundle)
+
+
+class _Is:
+    """A value as a key, by identity: cheap, and it keeps the value alive."""
+
+    __slots__ = ("it",)
+
+    def __init__(self, it: object) -> None:
+        self.it = it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Is) and other.it is self.it
 
 
 class _Made(Generic[_M]):
@@ -425,6 +488,8 @@ class _Made(Generic[_M]):
         assigned = isinstance(self.message, ClusterLoadAssignment)
         return str(self.message.cluster_name if assigned else self.message.name)
 
+
+_DEFAULT = Traffic()
 
 _Versions = Mapping[str, Mapping[str, Sequence[Instance]]]
 """Service -> version -> the instances that its callers know of."""

@@ -38,7 +38,7 @@ SHORT: Final[Mapping[str, str]] = {
 class Bundle:
     """Encoded resources of one type that belong together. Compared by identity: renderers share them."""
 
-    __slots__ = ("_parts", "_whole", "names", "resources", "version")
+    __slots__ = ("__weakref__", "_parts", "_whole", "names", "resources", "version")
 
     def __init__(self, resources: Mapping[str, bytes]) -> None:
         """Resources by name, each as `encode` makes it."""
@@ -47,7 +47,7 @@ class Bundle:
         self._whole = b"".join(resources.values())
         self._parts: dict[frozenset[str], bytes] = {}
         # A hash of the content: the same after a restart of the control plane.
-        self.version = hashlib.blake2b(self._whole, digest_size=6).hexdigest()
+        self.version = hashlib.blake2b(self._whole, digest_size=8).hexdigest()
 
     def part(self, names: frozenset[str]) -> bytes:
         """The resources of these names that are in the bundle, ready to stand in a response."""
