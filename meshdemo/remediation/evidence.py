@@ -18,6 +18,7 @@ from meshdemo.remediation.situation import Seen
 
 _LATEST_S = 30.0
 _ABOUT_S = 0.05  # the stamps of one sidecar's exports, moved onto our clock, differ by less
+_ABOUT_AS_BAD = 0.9
 _TIMED_OUT = ("0", "408", "504")  # no response at all, or given up waiting for one
 _EXPLAINS = 0.5  # a callee whose bad answers are at least this share of ours is to blame
 
@@ -29,9 +30,13 @@ class _Sums:
     overdue: int = 0
     certain: float = 0.0
     end: float = 0.0
-    fresh: bool = False  # there is an export that began after the alarm
-    fresh_requests: int = 0
-    fresh_bad: int = 0
+    worst_before: float = 0.0  # bad share of the worst export that began before the alarm
+    fresh: list[tuple[int, int]] = field(default_factory=list)  # (requests, bad) of each that began after
+
+    @property
+    def share(self) -> float:
+        """Bad share of all of it."""
+        return (self.bad + self.overdue) / max(1, self.requests + self.overdue)
 
 
 @dataclass(slots=True)
@@ -83,22 +88,29 @@ class After:
     def still_bad(self, instances: Sequence[str], allowed: float, *, final: bool) -> bool | None:
         """Are these still bad? Told by exports that began after the alarm. None: not clear yet.
 
-        Ones that got no requests since (their callers avoid them) are taken to be as they were.
+        What goes on is at least as bad in a full second as in the one that raised the alarm, of which it had
+        only a part. What is over may leave a tail in the second after; then it takes another one to tell.
+        Instances that got no requests since (their callers avoid them) are taken to be as they were.
         """
         known = [self.by_instance[name] for name in instances if name in self.by_instance]
         fresh = [sums for sums in known if sums.fresh]
         if not fresh:
             return True if final else None
-        share = sum(sums.bad + sums.overdue for sums in known) / max(
-            1, sum(sums.requests + sums.overdue for sums in known)
-        )
-        requests = sum(sums.fresh_requests + sums.overdue for sums in fresh)
-        bad = sum(sums.fresh_bad + sums.overdue for sums in fresh)
-        if not requests or stats.log_likelihood(bad, requests, max(share, allowed)) >= stats.log_likelihood(
-            bad, requests, allowed
-        ):
+        if not any(requests for sums in fresh for requests, _ in sums.fresh):
             return True
-        return False if final or len(fresh) == len(known) else None
+        for sums in fresh:
+            requests, bad = sums.fresh[-1]
+            grew = requests > 0 and bad >= _ABOUT_AS_BAD * sums.worst_before * requests
+            if (grew or len(sums.fresh) > 1) and _likely_bad(requests, bad, sums.share, allowed):
+                return True
+        return False if final or all(len(sums.fresh) > 1 for sums in known) else None
+
+
+def _likely_bad(requests: int, bad: int, share: float, allowed: float) -> bool:
+    """Are these counts likelier at this share than at the allowed one?"""
+    return stats.log_likelihood(bad, requests, max(share, allowed)) > stats.log_likelihood(
+        bad, requests, allowed
+    )
 
 
 def after(
@@ -128,10 +140,11 @@ def after(
             length = sample.end - sample.start
             share = min(1.0, (sample.end - alarm_at) / length) if length > 0 else 1.0
             sums.certain += measure.requests * (share if short else 1.0)
+        requests, bad = measure.requests + measure.overdue, measure.bad + measure.overdue
         if sample.start >= alarm_at - _ABOUT_S:
-            sums.fresh = True
-            sums.fresh_requests += measure.requests
-            sums.fresh_bad += measure.bad
+            sums.fresh.append((requests, bad))
+        else:
+            sums.worst_before = max(sums.worst_before, bad / max(1, requests))
         for cell in sample.cells:
             if cell.inbound:
                 by = result.by_caller.setdefault(cell.peer, _Sums())

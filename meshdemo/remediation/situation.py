@@ -64,9 +64,15 @@ class Revisions:
 
     def __init__(self) -> None:
         self._records: dict[tuple[str, str], dict[int, _Record]] = {}
+        self._running: dict[str, int] = {}  # instance -> revision of its last export
 
     def add(self, sample: Sample, measures: Sequence[tuple[ObjectiveJudge, Measure]]) -> None:
         """Count an export. A revision has met its objectives once enough requests say so; that stays."""
+        before = self._running.get(sample.instance)
+        if before != sample.revision:
+            self._running[sample.instance] = sample.revision
+            if before is not None:
+                return  # part of it is still about the revision before
         records = self._records.setdefault((sample.service, sample.version), {})
         record = records.get(sample.revision)
         if record is not None and record.met:
