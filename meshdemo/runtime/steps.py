@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from meshdemo.runtime.base import Step
 
-_SETTLE_S = 2.0  # how long a failed run waits for the steps under way before it undoes them
+_SETTLE_S = 5.0  # how long a failed run waits for the steps under way before it undoes them
 
 _cancelled: ContextVar[threading.Event | None] = ContextVar("cancelled", default=None)
 
@@ -202,15 +202,18 @@ class _Board:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table
+        from rich.text import Text
 
         now = time.monotonic()
         grid = Table.grid(padding=(0, 1))
         for progress in self._steps:
             state, title = progress.state, progress.step.title
             mark = _MARKS.get(state) or self._spinner.render(console.get_time())
+            note = {"done": f"{progress.seconds:.1f} s", "undoing": "undoing"}.get(state, "")
             if state == "running":
-                note = f"[dim]{now - progress.started:.0f} s[/]" if now - progress.started >= 2 else ""
-            else:
-                note = {"done": f"[dim]{progress.seconds:.1f} s[/]", "undoing": "undoing"}.get(state, "")
-            grid.add_row("", mark, f"[dim]{title}[/]" if state == "waiting" else title, note)
+                doing = progress.step.detail() if progress.step.detail else ""
+                waited = f"{now - progress.started:.0f} s" if now - progress.started >= 2 else ""
+                note = "  ".join(part for part in (waited, doing) if part)
+            style = "dim" if state == "waiting" else ""
+            grid.add_row("", mark, Text(title, style), Text(note, "dim", no_wrap=True, overflow="ellipsis"))
         yield grid
