@@ -124,7 +124,8 @@ class Cli:
         yield
         after = self.counts()
         wait_for("requests after the change", lambda: self.counts()["200"] >= after["200"] + more)
-        assert {code: n for code, n in (self.counts() - before).items() if code != "200"} == {}
+        lost = {code: n for code, n in (self.counts() - before).items() if code != "200"}
+        assert lost == {}, f"lost: {lost}"
 
 
 def read_url(url: str) -> str:

@@ -43,7 +43,7 @@ def test_a_file(tmp_path: Path) -> None:
         ("front: web", "front: wbe", "front: no service 'wbe'; there are: web"),
         ("web:\n", "Web:\n", "4:3: 'Web' is no name"),
         ("{command: [python, -m, http.server]}", "{}", "a workload needs a program, a command or an image"),
-        ("http.server]}", "http.server], env: {N: 5}}", "must be text: write \"5\" in quotes"),
+        ("http.server]}", "http.server], env: {N: 5}}", 'must be text: write "5" in quotes'),
         ("name: shop", "name: [shop", "not YAML"),
         ("name: shop", "name: shop\nname: other", "2:1: 'name' stands here twice"),
     ],

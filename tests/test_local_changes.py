@@ -178,6 +178,25 @@ def test_what_is_not_there_is_named(runtime: LocalRuntime) -> None:
         runtime.scale("service-b", "v1", -1, reason="")
 
 
+def test_what_happened_is_in_the_journal(mesh: Cli, runtime: LocalRuntime) -> None:
+    runtime.crash("service-b-v1-1")
+    runtime.set_env("service-b", "v1", {"LAT_MS": "2"}, reason="to see it")
+    runtime.set_env("service-b", "v1", {"LAT_MS": None}, reason="to end it")
+    runtime.restart("service-b-v1-2", reason="because")
+
+    def journal() -> set[tuple[str, str]]:
+        events = runtime.control().events().events
+        return {(event["event"], event.get("reason", "")) for event in events}
+
+    wanted = {
+        ("died", "service-b-v1-1 ended: killed by SIGKILL"),
+        ("rolled_out", "to see it"),
+        ("rolled_out", "to end it"),
+        ("restarted", "because"),
+    }
+    wait_for("the journal", lambda: journal() >= wanted)
+
+
 def test_only_one_watch_at_a_time(runtime: LocalRuntime) -> None:
     with runtime.watch_lock(), pytest.raises(Failed, match="meshdemo watch"), runtime.watch_lock():
         pass

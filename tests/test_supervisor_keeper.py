@@ -36,6 +36,7 @@ class Bench:
         command: list[str] | None = None,
     ) -> None:
         self.changes = Changes()
+        self.deaths: list[str] = []
         self.keeper = Keeper(
             "it",
             lambda: Plan(command or [sys.executable, "-c", code], {"PATH": "/usr/bin:/bin"}, tree=tree),
@@ -43,6 +44,7 @@ class Bench:
             reaper=Reaper(),
             probe=probe,
             changed=self.changes.notify,
+            died=lambda _, how: self.deaths.append(how),
             port_lost=port_lost,
         )
         self.keeper.start()
@@ -77,6 +79,7 @@ def test_a_killed_program_is_started_again_at_once(tmp_path: Path) -> None:
         assert not bench.keeper.failed
         await bench.keeper.stop(5)
         assert bench.keeper.pid is None
+        assert bench.deaths == ["killed by SIGKILL"], "an ordered end is no death"
 
     asyncio.run(scenario())
 

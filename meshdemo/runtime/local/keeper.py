@@ -161,6 +161,7 @@ class Keeper:
         plan: what to start; asked anew before each start, so that a changed port takes effect.
         probe: whether it is ready; polled from its start until it says yes, once.
         changed: called whenever it became ready, or died.
+        died: told its name and how it ended, if it was not told to.
         port_lost: asked after a death: did it fail for a port, and was another one chosen? Then it is
             started again at once.
     """
@@ -174,6 +175,7 @@ class Keeper:
         reaper: Reaper,
         probe: Callable[[], Awaitable[bool]],
         changed: Callable[[], None],
+        died: Callable[[str, str], None],
         port_lost: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
@@ -186,6 +188,7 @@ class Keeper:
         self._reaper = reaper
         self._probe = probe
         self._changed = changed
+        self._died = died
         self._port_lost = port_lost
         self._backoff = Backoff()
         self._process: subprocess.Popen[bytes] | None = None
@@ -277,7 +280,7 @@ class Keeper:
             if self._ending:
                 break
             self._changed()
-            log.warning("%s ended: %s", self.name, self.last_exit)
+            self._died(self.name, self.last_exit)
             if not self._port_lost():
                 wait_s = self._backoff.after(time.monotonic() - started)
                 with suppress(TimeoutError):

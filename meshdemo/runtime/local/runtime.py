@@ -284,11 +284,11 @@ class LocalRuntime:
 
         One that answers is replaced by another started beside it; one that hangs is killed.
         """
-        self._change("restart", instance=instance)
+        self._change("restart", instance=instance, reason=reason)
 
     def scale(self, service: str, version: str, instances: int, *, reason: str) -> None:
         """Change the number of instances; returns when all are ready, or gone."""
-        self._change("scale", service=service, version=version, instances=instances)
+        self._change("scale", service=service, version=version, instances=instances, reason=reason)
 
     def crash(self, instance: str) -> None:
         """Kill the workload's process of an instance (SIGKILL)."""
@@ -364,6 +364,7 @@ class _Up:
 
     def apply(self) -> None:
         """Start a supervisor, or tell the one that runs what is wanted now."""
+        pause(0)
         if self._running is None:
             self._runtime.start_supervisor(self._wanted)
         else:

@@ -134,6 +134,7 @@ class Supervisor:
             reaper=self.reaper,
             probe=lambda: answers(self._http.number, "/healthz"),
             changed=self._control_changed,
+            died=self.died,
             port_lost=self._control_port_lost,
         )
         self.prometheus = self._make_prometheus()
@@ -214,6 +215,13 @@ class Supervisor:
         if self._instances() != self._known:
             self.publisher.request()
         self.changes.notify()
+
+    def died(self, name: str, how: str) -> None:
+        """A process has ended without having been told to."""
+        log.warning("%s ended: %s", name, how)
+        unit = self.units.get(name.removeprefix("sidecar of "))
+        where = {"service": unit.service, "instance": unit.id} if unit else {}
+        self._journal("died", **where, reason=f"{name} ended: {how}")
 
     def service(self, name: str) -> Service:
         """What the app file says of a service."""
@@ -302,6 +310,16 @@ class Supervisor:
             return False
         return True
 
+    def _journal(self, event: str, **content: Any) -> None:
+        """Have something noted in the mesh's journal; a control plane that does not run is waited for."""
+
+        def post() -> None:
+            with suppress(MeshdemoError, OSError):
+                self._client(_TAKEN_IN_S).post_event({"event": event, "time": happened, **content})
+
+        happened = time.time()
+        self._spawn(asyncio.to_thread(post))
+
     # -- control plane and Prometheus ----------------------------------------------------------------------
 
     def _control_plan(self) -> Plan:
@@ -369,6 +387,7 @@ class Supervisor:
             reaper=self.reaper,
             probe=lambda: answers(self._prometheus_port.number, "/-/ready"),
             changed=self.changes.notify,
+            died=self.died,
             port_lost=port_lost,
         )
 
@@ -469,6 +488,11 @@ class Supervisor:
                 raise
             for unit, run in zip(stale, old, strict=True):
                 self._spawn(unit.retire(run))
+            if after.revisions != before.revisions:
+                self._journal(
+                    "rolled_out", service=after.service, version=after.version,
+                    revision=after.current.revision, reason=after.current.reason,
+                )  # fmt: skip
             return after
 
     @staticmethod
@@ -647,7 +671,7 @@ class Supervisor:
         """The revisions of a workload, oldest first."""
         return [one.model_dump(mode="json") for one in self.spec.workload(service, version).revisions]
 
-    async def op_restart(self, instance: str, timeout_s: float) -> None:
+    async def op_restart(self, instance: str, reason: str, timeout_s: float) -> None:
         """Replace an instance's process: one that answers by another beside it, any other at once."""
         unit = self._unit(instance)
         async with self._locks[unit.key]:
@@ -663,12 +687,16 @@ class Supervisor:
             elif unit.run is not None:
                 unit.run.keeper.replace()
             await self._wait_ready([unit], timeout_s)
+            self._journal("restarted", service=unit.service, instance=instance, reason=reason)
 
-    async def op_scale(self, service: str, version: str, instances: int, timeout_s: float) -> None:
+    async def op_scale(
+        self, service: str, version: str, instances: int, reason: str, timeout_s: float
+    ) -> None:
         """Change the number of instances; returns when all are ready, or gone."""
         workload = self.spec.workload(service, version)
         async with self._locks[workload.key]:
             await self._scale(specs.scaled(self.spec.workloads[workload.key], instances), timeout_s)
+            self._journal("scaled", service=service, version=version, instances=instances, reason=reason)
 
     async def _scale(self, workload: WorkloadSpec, timeout_s: float | None) -> None:
         """Add and remove instances until there are as many as `workload` says; None: do not wait."""

@@ -48,6 +48,9 @@ class Surroundings(Protocol):
     def changed(self) -> None:
         """Something about an instance has changed."""
 
+    def died(self, name: str, how: str) -> None:
+        """A process has ended without having been told to."""
+
     def sidecar_command(self, unit: Unit) -> list[str]:
         """Write the files that the sidecar is started with; its command line. Raises OSError."""
 
@@ -95,6 +98,7 @@ class Unit:
             reaper=around.reaper,
             probe=self._sidecar_ready,
             changed=around.changed,
+            died=around.died,
         )
 
     @property
@@ -247,6 +251,7 @@ class Unit:
             reaper=around.reaper,
             probe=lambda: answers(port.number, path),
             changed=around.changed,
+            died=around.died,
             port_lost=port_lost,
         )
         return Run(keeper, port, revision, env)
