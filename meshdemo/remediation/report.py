@@ -14,7 +14,8 @@ from typing import Any, Literal
 Row = Mapping[str, Any]
 State = Literal["healed", "open", "gave_up"]
 
-_FAULT_BEFORE_S = 30.0  # a fault that began so long before the alarm at most may be its cause
+_JUST_S = 30.0  # a crash or a hang is over as soon as it is mended, whatever its record says
+_LATE_S = 2.0  # what ended so shortly before the alarm may have raised it
 
 
 @dataclass(slots=True)
@@ -91,11 +92,13 @@ def make(mesh: str, events: Iterable[Row]) -> Report:
     """The report of a journal."""
     incidents: dict[str, Incident] = {}
     faults: list[Row] = []
+    ended: dict[str, float] = {}
     seen: set[str] = set()
     for event in events:
         if event.get("event") == "fault":
             faults.append(event)
-            continue
+        elif event.get("event") in ("fault_cleared", "fault_expired"):
+            ended[str(event.get("fault"))] = float(event["time"])
         if event.get("by") != "watch" or event.get("dry_run") or not event.get("incident"):
             continue
         identity = str(event.get("id"))
@@ -109,7 +112,7 @@ def make(mesh: str, events: Iterable[Row]) -> Report:
             )
         _add(incidents[name], event)
     for incident in incidents.values():
-        _blame(incident, faults)
+        incident.faults = [str(fault["fault"]) for fault in faults if _hit(fault, incident, ended)]
     return Report(mesh, sorted(incidents.values(), key=lambda one: one.opened_at))
 
 
@@ -155,11 +158,10 @@ def _conclude(incident: Incident, outcome: str) -> None:
         incident.remedies[-1].outcome = outcome
 
 
-def _blame(incident: Incident, faults: Sequence[Row]) -> None:
-    """Name the faults that were put on the service shortly before."""
-    incident.faults = [
-        str(fault.get("fault"))
-        for fault in faults
-        if fault.get("service") == incident.service
-        and -_FAULT_BEFORE_S <= float(fault.get("started_at") or fault["time"]) - incident.opened_at <= 0
-    ]
+def _hit(fault: Row, incident: Incident, ended: Mapping[str, float]) -> bool:
+    """Was this fault in force on the service when the alarm was raised?"""
+    started_at = float(fault.get("started_at") or fault["time"])
+    until = ended.get(str(fault.get("fault")), float("inf"))
+    if fault.get("at") == "process":
+        until = min(until, started_at + _JUST_S)
+    return fault.get("service") == incident.service and started_at <= incident.opened_at <= until + _LATE_S
