@@ -83,16 +83,16 @@ def target(url: str = "http://service-b:5000/work", **variables: str) -> Target:
 def test_direct() -> None:
     direct = target("http://service-b:5000/work?n=1")
     assert (direct.host, direct.port) == ("service-b", 5000)
-    assert direct.request.startswith(b"GET /work?n=1 HTTP/1.1\r\nHost: service-b:5000\r\n")
+    assert direct.request("a").startswith(b"GET /work?n=1 HTTP/1.1\r\nHost: service-b:5000\r\n")
     assert (target("http://[::1]").host, target("http://[::1]").port) == ("::1", 80)
-    assert target("http://x").request.startswith(b"GET / HTTP/1.1\r\nHost: x\r\n")
+    assert target("http://x").request("a").startswith(b"GET / HTTP/1.1\r\nHost: x\r\n")
 
 
 def test_through_a_proxy() -> None:
     for name in ("HTTP_PROXY", "http_proxy"):
         proxied = target(**{name: "http://127.0.0.1:15001"})
         assert (proxied.host, proxied.port) == ("127.0.0.1", 15001)
-        assert proxied.request.startswith(
+        assert proxied.request("a").startswith(
             b"GET http://service-b:5000/work HTTP/1.1\r\nHost: service-b:5000\r\n"
         )
     assert target(HTTP_PROXY="http://a:1", http_proxy="http://b:2").host == "b"

@@ -56,7 +56,9 @@ class Target:
     url: str
     host: str  # to connect to: the proxy's where there is one
     port: int
-    request: bytes
+    origin: str  # what stands before the path in the request line: nothing, or http://host:port for a proxy
+    netloc: str
+    path: str
 
     @staticmethod
     def of(url: str, variables: Mapping[str, str]) -> Target:
@@ -71,12 +73,16 @@ class Target:
         proxies |= {name: value for name, value in variables.items() if name.islower()}  # these win
         proxy = proxies.get("http_proxy", "")
         if proxy and not proxy_bypass_environment(parts.netloc, {"no": proxies.get("no_proxy", "")}):
-            gate = _http_url("HTTP_PROXY", proxy)
-            line = f"http://{parts.netloc}{path}"
+            gate, origin = _http_url("HTTP_PROXY", proxy), f"http://{parts.netloc}"
         else:
-            gate, line = parts, path
-        head = f"GET {line} HTTP/1.1\r\nHost: {parts.netloc}\r\nUser-Agent: service-a\r\nAccept: */*\r\n\r\n"
-        return Target(url, gate.hostname, gate.port, head.encode("ascii"))
+            gate, origin = parts, ""
+        return Target(url, gate.hostname, gate.port, origin, parts.netloc, path)
+
+    def request(self, agent: str, path: str | None = None) -> bytes:
+        """A GET of `path` (default: the URL's own), as it goes over the wire."""
+        line = f"{self.origin}{self.path if path is None else path}"
+        head = f"GET {line} HTTP/1.1\r\nHost: {self.netloc}\r\nUser-Agent: {agent}\r\nAccept: */*\r\n\r\n"
+        return head.encode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,7 @@ class Load:
     """Keeps a schedule against one target, and reports how each request ended.
 
     Args:
+        next_request: what goes over the wire the next time; called for each request.
         record: called with the status code, or one of the words above, and the latency in seconds since the
             request was due (None if it was never sent).
     """
@@ -159,11 +166,13 @@ class Load:
         target: Target,
         schedule: Schedule,
         *,
+        next_request: Callable[[], bytes],
         max_in_flight: int,
         timeout_s: float,
         record: Callable[[str, float | None], None],
     ) -> None:
         self.target = target
+        self.next_request = next_request
         self.rps = 0.0  # asked for
         self.max_in_flight = max_in_flight
         self.loop = gevent.get_hub().loop
@@ -349,7 +358,7 @@ class _Connection:
 
     def _send(self) -> None:
         assert self._sock is not None
-        request = self._load.target.request
+        request = self._load.next_request()
         try:
             sent = self._sock.send(request)  # fits into the empty buffer of a connection that was idle
         except OSError:
