@@ -330,7 +330,7 @@ def test_edges_access_traffic_and_faults(mesh: Mesh) -> None:
 
 
 def test_tap_and_top(mesh: Mesh) -> None:
-    done = mesh("tap", "service-b", "--status", "5xx", "--max", "3", "-o", "json")
+    done = mesh("tap", "--route", "/work", "--status", "5xx", "--max", "3", "-o", "json")
     assert [json.loads(line) for line in done.stdout.splitlines()] == [TAPPED] * 3
     assert "status=5xx" in mesh.asked[-1][0]
     rows = mesh.json("top")
