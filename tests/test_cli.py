@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -343,6 +346,29 @@ def test_dashboard_prints_where_it_is(mesh: Mesh) -> None:
     url = mesh.json("dashboard", "--no-open")["url"]
     assert url.startswith("http://127.0.0.1:")
     assert url.endswith("/#token=secret")
+
+
+def test_dashboard_on_another_port(mesh: Mesh) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "meshdemo", "dashboard", "--port", "0", "--no-open", "-o", "jsonl"],
+        stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "MESHDEMO_HOME": str(mesh.home), "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            url = urlsplit(json.loads(process.stdout.readline())["url"])
+            assert url.port is not None
+            for _ in range(2):
+                connection = HTTPConnection("127.0.0.1", url.port, timeout=20)
+                connection.request("GET", "/v1/signals")
+                assert json.loads(connection.getresponse().read()) == [ROW]
+                connection.close()
+            taken = mesh("dashboard", "--port", str(url.port), "--no-open")
+            assert taken.returncode == 2
+            assert "choose another one" in taken.stderr
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
 
 
 def test_render_envoy_needs_no_mesh(tmp_path: Path) -> None:
