@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "watch": ("Heal", "watch", "Judge, localise and heal by policy, with a live dashboard."),
     "policy": ("Heal", "policy", "Check a policy file, or test it on recorded signals."),
     "report": ("Heal", "report", "The incidents so far, and what they cost."),
+    "bench": ("Measure", "bench", "What the mesh costs and how fast it heals, beside alternatives."),
 }
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
