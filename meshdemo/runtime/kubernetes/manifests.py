@@ -6,6 +6,7 @@ exactly what `meshdemo render kubernetes` prints.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ def render(app: App, options: Mapping[str, Any] | None = None) -> str:
     """
     options = options or {}
     name = str(options.get("name", "mesh-demo"))
-    spec = wanted(UpOptions(name=name, app=app), None, now=time.time())
+    spec = wanted(UpOptions(name=name, app=app), None, now=time.time(), runs_images=True)
     site = Site(
         namespace=name,
         images={
@@ -158,7 +159,7 @@ def _of_service(app: App, name: str) -> dict[str, Any]:
 def _probe(service: Service, *, ours: bool) -> str:
     """How the kubelet asks the app, as one line of YAML."""
     if service.protocol == "http":
-        return f"httpGet: {{path: {service.healthz}, port: {service.port}}}"
+        return f"httpGet: {{path: {json.dumps(service.healthz)}, port: {service.port}}}"
     if not ours:
         # The sidecar takes the connection: this says that the pod is there, and no more.
         return f"tcpSocket: {{port: {service.port}}}"
@@ -188,9 +189,10 @@ def _sidecar_files(site: Site) -> Mapping[str, str]:
 def redirect_rules(*, skip_inbound: tuple[int, ...] = (), skip_outbound: tuple[int, ...] = ()) -> str:
     """What iptables-restore is given in a pod. `skip_*`: ports whose traffic passes by the sidecar."""
     template = _environment().get_template("kubernetes/redirect.rules.j2")
-    return template.render(
+    rules = template.render(
         ports=_PORTS, sidecar_user=SIDECAR_USER, skip_inbound=skip_inbound, skip_outbound=skip_outbound
     )
+    return f"{rules.strip()}\n"
 
 
 def kind_config(*, workers: int, ports: Mapping[int, int]) -> str:

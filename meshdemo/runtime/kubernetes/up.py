@@ -82,7 +82,10 @@ class _Up:
         self._recipes = images.recipes(options.app, base_image or images.BASE_IMAGE)
         self._references = {name: recipe.reference(registry) for name, recipe in self._recipes.items()}
         # Wrong options are refused before anything is begun.
-        specs.wanted(options, None, now=time.time())
+        self._wanted(None)
+
+    def _wanted(self, running: specs.MeshSpec | None) -> specs.MeshSpec:
+        return specs.wanted(self._options, running, now=time.time(), runs_images=True)
 
     # -- is there anything to do? --------------------------------------------------------------------------
 
@@ -94,7 +97,7 @@ class _Up:
             running = self._runtime.spec_map.find()
             if running is None:
                 return False
-            wanted = specs.wanted(self._options, running, now=time.time())
+            wanted = self._wanted(running)
             if specs.differences(running, wanted):
                 return False
             found = self._runtime.cluster.find(
@@ -144,7 +147,7 @@ class _Up:
         base = step("Preparing the namespace", self._prepare, cluster)
         needs = [base, *builds, there]
         ready = [step("Starting the control plane", self._start(images.CONTROL_PLANE), *needs)]
-        for key, workload in specs.wanted(self._options, None, now=0).workloads.items():
+        for key, workload in self._wanted(None).workloads.items():
             count = "1 instance" if workload.instances == 1 else f"{workload.instances} instances"
             name = f"Starting {workload.service} {workload.version} ({count})"
             ready.append(step(name, self._start(key), *needs))
@@ -280,7 +283,7 @@ class _Up:
 
     @cached_property
     def _spec(self) -> specs.MeshSpec:
-        return specs.wanted(self._options, self._runtime.spec_map.find(), now=time.time())
+        return self._wanted(self._runtime.spec_map.find())
 
     def _prepare(self, tell: Callable[[str], None]) -> None:
         """Everything but what runs: namespace, state, accounts and rights, services."""

@@ -131,13 +131,16 @@ def apply_env(env: Mapping[str, str], change: EnvChange) -> dict[str, str]:
 # -- what `up` asks for ------------------------------------------------------------------------------------
 
 
-def wanted(options: UpOptions, before: MeshSpec | None, *, now: float) -> MeshSpec:
+def wanted(options: UpOptions, before: MeshSpec | None, *, now: float, runs_images: bool = False) -> MeshSpec:
     """What must run after `up` with these options, on top of what ran before.
+
+    Args:
+        runs_images: the runtime can run a container image (and so cannot run a bare command).
 
     What the options do not speak of stays as it is. Raises BadInput for an unknown service or version or
     a number out of range, Failed if another app runs under this name.
     """
-    _check(options)
+    _check(options, runs_images)
     app = options.app
     if before is not None and before.app.name != app.name:
         raise Failed(
@@ -207,7 +210,7 @@ def _changed(before: Workload, after: Workload) -> bool:
     )
 
 
-def _check(options: UpOptions) -> None:
+def _check(options: UpOptions, runs_images: bool) -> None:
     services = options.app.services
     known = ", ".join(services)
     for service, instances in options.replicas.items():
@@ -230,7 +233,12 @@ def _check(options: UpOptions) -> None:
         if name in seen:
             raise BadInput(f"{service} {version} and {seen[name]} would both have instances named {name}-1")
         seen[name] = f"{service} {version}"
-        if not (program.program or program.command):
+        if runs_images and not (program.program or program.image):
+            raise BadInput(
+                f"{service} {version} has only a command; in a cluster it needs a program or an image",
+                "use --runtime local, or give it an image",
+            )
+        if not runs_images and not (program.program or program.command):
             raise BadInput(
                 f"{service} {version} has only an image; the local runtime needs a program or a command",
                 "use --runtime kind or kubernetes, or give it a command",

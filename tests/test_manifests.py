@@ -1,0 +1,315 @@
+"""What `up` applies to a cluster: valid for every Kubernetes that is supported, and no more rights than needed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from meshdemo.apps import loader
+from meshdemo.apps.model import App
+from meshdemo.control.model import WorkloadRevision
+from meshdemo.runtime.base import UpOptions
+from meshdemo.runtime.kubernetes import manifests
+from meshdemo.runtime.kubernetes.manifests import Site
+from meshdemo.runtime.kubernetes.specs import env_patch, initial_load
+from meshdemo.runtime.local.spec import MeshSpec, wanted
+
+VERSIONS = ("1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
+FOREIGN = App.model_validate(
+    {
+        "name": "shop",
+        "front": "web",
+        "services": {
+            "web": {
+                "port": 8080,
+                "calls": ["db"],
+                "healthz": "/ping?a={b}",
+                "versions": {
+                    "v1": {
+                        "image": "shop/web:1",
+                        "command": ["serve", "--quote", 'it\'s "x"'],
+                        "env": {"A": "1: {}"},
+                    }
+                },
+            },
+            "db": {
+                "port": 5432,
+                "protocol": "tcp",
+                "versions": {"v1": {"image": "shop/db:1", "instances": 3}},
+            },
+        },
+    }
+)
+APPS = {"pair": loader.load("pair"), "emojivoto": loader.load("emojivoto")}
+
+
+def spec_of(app: App, **options: Any) -> MeshSpec:
+    return wanted(UpOptions(name="m", app=app, **options), None, now=1.0, runs_images=True)
+
+
+def site_of(app: App, **fields: Any) -> Site:
+    return Site(namespace="m", images=_Any(), **fields)
+
+
+class _Any(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return f"meshdemo/{name}:1"
+
+
+def objects(app: App, **fields: Any) -> list[dict[str, Any]]:
+    return manifests.objects(spec_of(app), site_of(app, **fields))
+
+
+def deployments(app: App, **fields: Any) -> dict[str, dict[str, Any]]:
+    return {o["metadata"]["name"]: o for o in objects(app, **fields) if o["kind"] == "Deployment"}
+
+
+def containers(deployment: dict[str, Any]) -> list[dict[str, Any]]:
+    pod = deployment["spec"]["template"]["spec"]
+    return [*pod.get("initContainers", []), *pod["containers"]]
+
+
+VARIANTS = {
+    "pair": lambda: objects(APPS["pair"]),
+    "emojivoto": lambda: objects(APPS["emojivoto"]),
+    "v2": lambda: manifests.objects(spec_of(APPS["pair"], versions={"service-b": ["v2"]}, replicas={"service-b": 0}, rps=7), site_of(APPS["pair"])),
+    "autoscaled": lambda: objects(APPS["pair"], scaled_by_others=frozenset({"service-b-v1"})),
+    "foreign": lambda: objects(FOREIGN),
+    "plain": lambda: objects(APPS["pair"], observability=False),
+    "monitored": lambda: objects(APPS["pair"], service_monitor=True),
+    "watched": lambda: objects(APPS["pair"], watch=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_manifests_are_valid(version: str) -> None:
+    every = {json.dumps(manifest, sort_keys=True) for made in VARIANTS.values() for manifest in made()}
+    assert len(every) > 40
+    for manifest in map(json.loads, every):
+        if manifest["kind"] != "ServiceMonitor":  # no kind of Kubernetes' own
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_what_a_user_writes_arrives_as_it_was_written() -> None:
+    (web,) = deployments(FOREIGN)["web-v1"]["spec"]["template"]["spec"]["containers"]
+    assert web["image"] == "shop/web:1"
+    assert web["command"] == ["serve", "--quote", 'it\'s "x"']
+    assert web["readinessProbe"]["httpGet"]["path"] == "/ping?a={b}"
+    assert {"name": "A", "value": "1: {}"} in web["env"]
+    (db,) = deployments(FOREIGN)["db-v1"]["spec"]["template"]["spec"]["containers"]
+    assert db["readinessProbe"]["tcpSocket"] == {"port": 5432}
+
+
+def test_render_prints_what_is_applied() -> None:
+    text = manifests.render(APPS["pair"], {"name": "other"})
+    printed = [one for one in yaml.safe_load_all(text) if one]
+    assert {one["metadata"].get("namespace", "other") for one in printed} == {"other"}
+    kinds = [one["kind"] for one in printed]
+    assert kinds[0] == "Namespace"
+    assert "# " in text  # a person reads it
+    images = {c["image"] for one in printed if one["kind"] == "Deployment" for c in containers(one)}
+    assert any(image.startswith("meshdemo/service-b:") for image in images)
+    pushed = manifests.render(APPS["pair"], {"registry": "reg.example.com/team/"})
+    assert "image: reg.example.com/team/meshdemo/sidecar:" in pushed
+
+
+def test_everything_says_whose_it_is() -> None:
+    for manifest in objects(APPS["emojivoto"], watch=True):
+        labels = manifest["metadata"]["labels"]
+        assert labels["app.kubernetes.io/managed-by"] == "meshdemo"
+        assert labels["meshdemo.dev/mesh"] == "m"
+
+
+@pytest.mark.parametrize("app", APPS.values(), ids=lambda app: app.name)
+def test_every_container_but_one_is_restricted(app: App) -> None:
+    """The `restricted` Pod Security Standard, written out."""
+    for name, deployment in deployments(app, watch=True).items():
+        pod = deployment["spec"]["template"]["spec"]
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+        assert {next(iter(volume.keys() - {"name"})) for volume in pod.get("volumes", [])} <= {
+            "emptyDir", "projected", "secret", "configMap",
+        }  # fmt: skip
+        for container in containers(deployment):
+            context = container["securityContext"]
+            if container["name"] == "meshdemo-redirect":
+                assert context["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+                assert context["runAsUser"] == 0
+            else:
+                assert context["runAsNonRoot"] is True, (name, container["name"])
+                assert context.get("runAsUser") != 0
+                assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert (
+                container["resources"]["requests"].keys()
+                == container["resources"]["limits"].keys()
+                == {"cpu", "memory"}
+            )
+
+
+def test_the_sidecar_starts_first_and_ends_last() -> None:
+    pod = deployments(APPS["pair"])["service-b-v1"]["spec"]["template"]["spec"]
+    assert [c["name"] for c in pod["initContainers"]] == ["meshdemo-redirect", "meshdemo-sidecar"]
+    redirect, sidecar = pod["initContainers"]
+    assert "restartPolicy" not in redirect
+    assert sidecar["restartPolicy"] == "Always"
+    assert sidecar["startupProbe"]["httpGet"] == {"path": "/ready", "port": 15021}
+    (app,) = pod["containers"]
+    assert app["lifecycle"] == {"preStop": {"sleep": {"seconds": 1}}}
+    assert pod["enableServiceLinks"] is False
+    (token,) = [
+        s["serviceAccountToken"]
+        for v in pod["volumes"]
+        if v["name"] == "meshdemo"
+        for s in v["projected"]["sources"]
+        if "serviceAccountToken" in s
+    ]
+    assert token["audience"] == "meshdemo"
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["serviceAccountName"] == "service-b"
+
+
+def test_the_app_knows_nothing_of_the_mesh() -> None:
+    (app,) = deployments(APPS["pair"])["service-a-v1"]["spec"]["template"]["spec"]["containers"]
+    env = {variable["name"]: variable.get("value") for variable in app["env"]}
+    assert env["TARGET"] == "http://service-b:5000/work"
+    assert not {"HTTP_PROXY", "http_proxy", "HTTPS_PROXY"} & env.keys()
+    assert (env["HOST"], env["PORT"], env["SERVICE"], env["VERSION"]) == (
+        "127.0.0.1",
+        "5000",
+        "service-a",
+        "v1",
+    )
+    assert env["RPS"] == "0"  # load begins once everybody is there
+    assert initial_load(spec_of(APPS["pair"])) == 50
+    assert initial_load(spec_of(APPS["pair"], rps=7)) == 7
+
+
+def test_probes_go_to_the_apps_own_port_and_path() -> None:
+    for name, path in (("service-b-v1", "/healthz"),):
+        (app,) = deployments(APPS["pair"])[name]["spec"]["template"]["spec"]["containers"]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert app[probe]["httpGet"] == {"path": path, "port": 5000}
+    (voting,) = deployments(APPS["emojivoto"])["voting-v1"]["spec"]["template"]["spec"]["containers"]
+    assert voting["readinessProbe"]["exec"]["command"][0] == "grep"  # gRPC: does it listen on 5000 (0x1388)?
+    assert ":1388 " in voting["readinessProbe"]["exec"]["command"][2]
+
+
+def test_traffic_is_redirected_but_for_the_sidecars_own() -> None:
+    redirect = containers(deployments(APPS["pair"])["service-b-v1"])[0]
+    (rules,) = [variable["value"] for variable in redirect["env"] if variable["name"] == "RULES"]
+    lines = rules.splitlines()
+    assert lines[0] == "*nat"
+    assert rules.endswith("COMMIT\n")
+    out = [line for line in lines if line.startswith("-A MESHDEMO_OUT")]
+    itself = (
+        "-A MESHDEMO_OUT -p tcp ! -d 127.0.0.0/8 -o lo -m owner --uid-owner 1337 -j REDIRECT --to-ports 15006"
+    )
+    assert out[0] == itself  # a pod that calls itself through its own Service
+    assert out[1] == "-A MESHDEMO_OUT -m owner --uid-owner 1337 -j RETURN"
+    assert out[-1] == "-A MESHDEMO_OUT -p tcp -j REDIRECT --to-ports 15001"
+    assert not any("udp" in line for line in lines)
+    skipping = manifests.redirect_rules(skip_inbound=(9000,), skip_outbound=(25, 3306))
+    assert "-A MESHDEMO_IN -p tcp --dport 9000 -j RETURN\n" in skipping
+    assert "-A MESHDEMO_OUT -p tcp --dport 3306 -j RETURN\n" in skipping
+
+
+def test_pods_spread_and_are_not_all_drained_at_once() -> None:
+    found = objects(APPS["pair"])
+    (budget,) = [
+        o for o in found if o["kind"] == "PodDisruptionBudget" and o["metadata"]["name"] == "service-b"
+    ]
+    assert budget["spec"]["maxUnavailable"] == 1
+    deployment = deployments(APPS["pair"])["service-b-v1"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (spread,) = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_an_autoscaler_is_left_in_peace() -> None:
+    assert deployments(APPS["pair"])["service-b-v1"]["spec"]["replicas"] == 2
+    alone = deployments(APPS["pair"], scaled_by_others=frozenset({"service-b-v1"}))
+    assert "replicas" not in alone["service-b-v1"]["spec"]
+    assert alone["service-a-v1"]["spec"]["replicas"] == 1
+
+
+def test_the_control_plane_has_the_rights_that_it_needs_and_no_other() -> None:
+    rules = {
+        o["kind"]: o["rules"]
+        for o in objects(APPS["pair"], observability=False)
+        if o["kind"] in {"Role", "ClusterRole"}
+    }
+    assert rules["ClusterRole"] == [
+        {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
+    ]
+    flat = {
+        (group, resource, verb, tuple(rule.get("resourceNames", ())))
+        for rule in rules["Role"] for group in rule["apiGroups"] for resource in rule["resources"] for verb in rule["verbs"]
+    }  # fmt: skip
+    state = ("meshdemo-intent", "meshdemo-journal", "meshdemo-spec", "meshdemo-trust")
+    assert flat == {
+        ("", "pods", "list", ()), ("", "pods", "watch", ()), ("", "pods", "delete", ()),
+        ("", "services", "list", ()), ("", "services", "watch", ()),
+        ("discovery.k8s.io", "endpointslices", "list", ()), ("discovery.k8s.io", "endpointslices", "watch", ()),
+        ("", "configmaps", "get", state), ("", "configmaps", "list", state), ("", "configmaps", "watch", state),
+        ("", "configmaps", "patch", state),
+        ("", "secrets", "get", ("meshdemo-ca",)), ("", "secrets", "patch", ("meshdemo-ca",)),
+        ("apps", "deployments", "patch", ()),
+        ("", "events", "create", ()),
+    }  # fmt: skip
+
+
+def test_only_the_control_plane_and_prometheus_may_talk_to_the_api_server() -> None:
+    for name, deployment in deployments(APPS["pair"]).items():
+        pod = deployment["spec"]["template"]["spec"]
+        if name not in {"control-plane", "prometheus"}:
+            assert pod["automountServiceAccountToken"] is False, name
+
+
+def test_state_is_made_once_and_never_applied() -> None:
+    state = [o for o in objects(APPS["pair"]) if manifests.is_state(o)]
+    assert {(o["kind"], o["metadata"]["name"]) for o in state} == {
+        ("ConfigMap", "meshdemo-intent"), ("ConfigMap", "meshdemo-journal"), ("ConfigMap", "meshdemo-spec"),
+        ("ConfigMap", "meshdemo-trust"), ("Secret", "meshdemo-ca"), ("Secret", "meshdemo-api"),
+    }  # fmt: skip
+    assert all("data" not in o for o in state)
+
+
+def test_a_new_environment_is_a_patch_of_what_changed() -> None:
+    now = WorkloadRevision(
+        service="service-b",
+        version="v1",
+        revision=3,
+        env={"A": "1", "LAT_MS": "200"},
+        created_at=1,
+        reason="fault f-1",
+    )
+    patch = env_patch({"A": "1", "OLD": "x"}, now)
+    (app,) = patch["spec"]["template"]["spec"]["containers"]
+    assert app == {
+        "name": "app",
+        "env": [{"name": "LAT_MS", "value": "200"}, {"name": "OLD", "$patch": "delete"}],
+    }
+    assert patch["spec"]["template"]["metadata"]["annotations"]["meshdemo.dev/revision"] == "3"
+    assert "fault f-1" in patch["metadata"]["annotations"]["kubernetes.io/change-cause"]
+
+
+def test_a_kind_cluster_has_the_nodes_and_ports_asked_for() -> None:
+    config = yaml.safe_load(manifests.kind_config(workers=2, ports={30090: 1234}))
+    assert [node["role"] for node in config["nodes"]] == ["control-plane", "worker", "worker"]
+    (mapping,) = config["nodes"][0]["extraPortMappings"]
+    assert mapping == {
+        "containerPort": 30090,
+        "hostPort": 1234,
+        "listenAddress": "127.0.0.1",
+        "protocol": "TCP",
+    }
+    assert "extraPortMappings" not in manifests.kind_config(workers=0, ports={})
