@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,15 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.http2.max_ping_strikes", 0),
     # No probing of the bandwidth: it answers each message with a ping, and what is sent here is small.
     ("grpc.http2.bdp_probe", 0),
+    # Smaller TLS records, smaller buffers: 20 kB less for each sidecar.
+    ("grpc.tsi.max_frame_size", 4096),
     # Two servers on one port would share the sidecars between them.
     ("grpc.so_reuseport", 0),
 )
 """Options that the gRPC server must be made with."""
+
+_REFUSALS_APART_S = 60.0
+_REFUSALS_KEPT = 1000
 
 Authenticate = Callable[[Collection[tuple[str, str | bytes]]], Awaitable[Instance | None]]
 Journal = Callable[[Mapping[str, Any]], None]
@@ -177,7 +183,11 @@ class Stream:
 
     def _clusters_unsettled(self) -> bool:
         clusters = self._subscriptions.get(xds.CLUSTERS)
-        return bool(self._owed) or (clusters is not None and clusters.waiting)
+        return self._owes() or (clusters is not None and clusters.waiting)
+
+    def _owes(self) -> bool:
+        """Are there endpoints that a changed cluster waits for?"""
+        return bool(self._owed and self._owed & _names(self.wanted.get(xds.ENDPOINTS, ())))
 
     def _due(self, type_url: str, subscription: _Subscription) -> frozenset[str] | None:
         """Names to send now, None if nothing is due; everything of a state-of-the-world type."""
@@ -191,10 +201,12 @@ class Stream:
 
     def _respond(self, type_url: str, subscription: _Subscription, names: frozenset[str]) -> bytes:
         wanted = self.wanted[type_url]
-        if type_url == xds.CLUSTERS:
+        if type_url == xds.CLUSTERS and not _only_removes(subscription.sent, wanted):
+            # Those that go are kept until routes have moved on; then they alone are left to do.
+            wanted = _with_gone(subscription.sent, wanted)
+            names = _names(wanted)
             # A changed cluster warms until its endpoints are sent again, asked for or not.
-            endpoints = _names(self.wanted.get(xds.ENDPOINTS, ()))
-            self._owed = _changed(subscription.sent, wanted) & endpoints
+            self._owed |= _changed(subscription.sent, wanted)
             if assigned := self._subscriptions.get(xds.ENDPOINTS):
                 assigned.missing |= self._owed & assigned.names
         elif type_url == xds.ENDPOINTS:
@@ -213,7 +225,7 @@ class Stream:
 
     def settled(self) -> bool:
         """Has the sidecar answered everything, and is nothing left to send?"""
-        return not self._owed and all(
+        return not self._owes() and all(
             not subscription.waiting and self._due(type_url, subscription) is None
             for type_url, subscription in self._subscriptions.items()
         )
@@ -282,6 +294,7 @@ class Discovery:
         self._connections: dict[str, _Connection] = {}  # by instance id
         self._pushes: set[_Push] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._refused: dict[tuple[str, str], float] = {}  # (host, reason) -> when it was journalled
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The gRPC service."""
@@ -361,9 +374,7 @@ class Discovery:
         """One stream, from its first request to its end."""
         instance = await self._authenticate(context.invocation_metadata())
         if instance is None:
-            self._journal(
-                {"event": "refused", "peer": context.peer(), "reason": "a stream without a valid token"}
-            )
+            self._refuse(context, "", "a stream without a valid token")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
             return
         task = asyncio.current_task()
@@ -377,14 +388,7 @@ class Discovery:
         try:
             await self._converse(connection)
         except Refused as error:
-            self._journal(
-                {
-                    "event": "refused",
-                    "peer": context.peer(),
-                    "instance": instance.id,
-                    "reason": f"the sidecar of {instance.id} {error}",
-                }
-            )
+            self._refuse(context, instance.id, f"the holder of the token of {instance.id} {error}")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"the holder of this token {error}")
         except DecodeError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -414,6 +418,17 @@ class Discovery:
                     }
                 )
             await self._send(connection)
+
+    def _refuse(self, context: Any, instance: str, reason: str) -> None:
+        """Journal a refusal; the same one again only after a while, for who is refused tries again."""
+        host = context.peer().rpartition(":")[0]
+        now = time.monotonic()
+        if now - self._refused.get((host, reason), -math.inf) < _REFUSALS_APART_S:
+            return
+        if len(self._refused) >= _REFUSALS_KEPT:
+            self._refused.clear()
+        self._refused[host, reason] = now
+        self._journal({"event": "refused", "peer": host, "instance": instance, "reason": reason})
 
     def retain(self, instances: Iterable[Instance]) -> None:
         """Close the streams of all other instances, and of those whose token is no longer theirs."""
@@ -473,7 +488,9 @@ def _names(bundles: tuple[xds.Bundle, ...]) -> frozenset[str]:
 def _changed(old: tuple[xds.Bundle, ...], new: tuple[xds.Bundle, ...]) -> frozenset[str]:
     """Names in `new` that are not the same in `old`."""
     if len(old) != len(new):
-        return _names(new)
+        before = {name: data for bundle in old for name, data in bundle.resources.items()}
+        after = {name: data for bundle in new for name, data in bundle.resources.items()}
+        return frozenset(name for name, data in after.items() if before.get(name) != data)
     changed = [
         _changed_in(before, after) for before, after in zip(old, new, strict=True) if before is not after
     ]
@@ -486,4 +503,14 @@ def _changed_in(old: xds.Bundle, new: xds.Bundle) -> frozenset[str]:
 
 
 def _only_removes(old: tuple[xds.Bundle, ...], new: tuple[xds.Bundle, ...]) -> bool:
-    return old != new and len(old) == len(new) and not _changed(old, new)
+    return old != new and not _changed(old, new)
+
+
+@lru_cache(maxsize=4)
+def _with_gone(old: tuple[xds.Bundle, ...], new: tuple[xds.Bundle, ...]) -> tuple[xds.Bundle, ...]:
+    """`new`, and what of `old` is no longer in it."""
+    gone = _names(old) - _names(new)
+    if not gone:
+        return new
+    kept = {n: data for bundle in old for n, data in bundle.resources.items() if n in gone}
+    return (*new, xds.Bundle(kept))
