@@ -34,18 +34,22 @@ class Bench:
         port_lost: Callable[[], bool] = lambda: False,
         tree: bool = False,
         command: list[str] | None = None,
+        gate: asyncio.Semaphore | None = None,
+        reaper: Reaper | None = None,
     ) -> None:
+        self.reaper = reaper or Reaper()
         self.changes = Changes()
         self.deaths: list[str] = []
         self.keeper = Keeper(
             "it",
             lambda: Plan(command or [sys.executable, "-c", code], {"PATH": "/usr/bin:/bin"}, tree=tree),
             output=BoundedLog(folder / "it.log"),
-            reaper=Reaper(),
+            reaper=self.reaper,
             probe=probe,
             changed=self.changes.notify,
             died=lambda _, how: self.deaths.append(how),
             port_lost=port_lost,
+            gate=gate,
         )
         self.keeper.start()
 
@@ -189,6 +193,43 @@ def test_all_output_is_read_also_that_of_the_last_moment(tmp_path: Path) -> None
         await bench.until(lambda: bench.keeper.failures >= 1)
         assert bench.keeper.output.tail[-1] == "the end"
         await bench.keeper.stop(0)
+
+    asyncio.run(scenario())
+
+
+def test_programs_take_turns_to_start(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        gate = asyncio.Semaphore(1)
+        ready = asyncio.Event()
+
+        async def when_told() -> bool:
+            return ready.is_set()
+
+        first = Bench(tmp_path, SLEEP, probe=when_told, gate=gate)
+        await first.said("here")
+        second, third = (Bench(tmp_path, SLEEP, gate=gate, reaper=first.reaper) for _ in range(2))
+        await asyncio.sleep(0.1)
+        assert second.keeper.pid is third.keeper.pid is None
+        ready.set()
+        await second.until(lambda: second.keeper.ready)
+        for bench in (first, second, third):
+            await bench.keeper.stop(5)
+            assert bench.keeper.pid is None
+
+    asyncio.run(scenario())
+
+
+def test_one_that_waits_for_its_turn_can_be_stopped(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        gate = asyncio.Semaphore(1)
+        await gate.acquire()
+        bench = Bench(tmp_path, SLEEP, gate=gate)
+        await asyncio.sleep(0.05)
+        stopping = asyncio.create_task(bench.keeper.stop(5))
+        await asyncio.sleep(0.05)
+        gate.release()
+        await asyncio.wait_for(stopping, PATIENCE_S)
+        assert not bench.keeper.output.tail, "it was never started"
 
     asyncio.run(scenario())
 

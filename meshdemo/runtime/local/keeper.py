@@ -30,6 +30,7 @@ _LOG_LIMIT = 1_000_000  # bytes; one older file of this size is kept beside it
 _LINE_LIMIT = 8_192
 _TAIL = 15
 _LAST_CHUNKS = 4  # read after a death at most; more would be a grandchild that goes on printing
+_TURN_S = 3.0  # a program that takes longer to be ready is not busy starting but waiting for something
 _GIVE_UP_AFTER = 2  # deaths before it was ready once that make it a failure worth telling
 
 
@@ -153,6 +154,27 @@ class Reaper:
                     exited.set_result(status)
 
 
+class _Turn:
+    """One place among those who start at the same time, for as long as starting should take."""
+
+    def __init__(self, gate: asyncio.Semaphore | None) -> None:
+        self._gate = gate
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def take(self) -> None:
+        """Wait for a place."""
+        if self._gate is not None:
+            await self._gate.acquire()
+            self._timer = asyncio.get_running_loop().call_later(_TURN_S, self.end)
+
+    def end(self) -> None:
+        """Give it back, if that has not been done yet."""
+        if self._gate is not None and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._gate.release()
+
+
 class Keeper:
     """Keeps one program running.
 
@@ -164,6 +186,7 @@ class Keeper:
         died: told its name and how it ended, if it was not told to.
         port_lost: asked after a death: did it fail for a port, and was another one chosen? Then it is
             started again at once.
+        gate: passed while it starts, so that not too many do at the same time.
     """
 
     def __init__(
@@ -177,6 +200,7 @@ class Keeper:
         changed: Callable[[], None],
         died: Callable[[str, str], None],
         port_lost: Callable[[], bool] = lambda: False,
+        gate: asyncio.Semaphore | None = None,
     ) -> None:
         self.name = name
         self.output = output
@@ -190,6 +214,7 @@ class Keeper:
         self._changed = changed
         self._died = died
         self._port_lost = port_lost
+        self._turn = _Turn(gate)
         self._backoff = Backoff()
         self._process: subprocess.Popen[bytes] | None = None
         self._exited: asyncio.Future[int] | None = None
@@ -290,6 +315,13 @@ class Keeper:
 
     async def _live(self) -> int:
         """One life, from start to death: its exit status."""
+        await self._turn.take()
+        try:
+            return -signal.SIGTERM if self._ending else await self._live_now()
+        finally:
+            self._turn.end()
+
+    async def _live_now(self) -> int:
         plan = self._plan()
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
@@ -323,6 +355,7 @@ class Keeper:
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.05, 0.5)
         if self._exited is not None and not self._exited.done():
+            self._turn.end()
             self.ready = True
             self.failures = 0
             self._changed()

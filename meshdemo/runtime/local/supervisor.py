@@ -49,7 +49,8 @@ log = logging.getLogger(__name__)
 _SHUTDOWN_GRACE_S = 1.0
 _TAKEN_IN_S = 15.0  # how long a change waits for the control plane (which may be restarting) to take it in
 _RETRY_S = 0.2
-_HOLD_S = 10.0
+# Workloads that start at the same time: more would only take the processors from the control plane.
+_AT_ONCE = max(4, 2 * (os.cpu_count() or 1))
 _LIMIT = 16 * 1024 * 1024  # of one message
 
 
@@ -115,6 +116,7 @@ class Supervisor:
         self.spec = spec
         self.changes = Changes()
         self.reaper = Reaper()
+        self.gate = asyncio.Semaphore(_AT_ONCE)
         self.environ: Mapping[str, str] = {**os.environ, MARK: str(paths.state)}
         self.units: dict[str, Unit] = {}
         self._envoy = find_envoy()
@@ -123,7 +125,7 @@ class Supervisor:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
-        self._load_held = True
+        self._load_held, self._load_on = True, False
         self._guard: subprocess.Popen[bytes] | None = None
         self._grpc, self._http, self._prometheus_port = Port(), Port(), Port()
         self.publisher = Publisher(self._write_state, self._poke, self.changes)
@@ -155,7 +157,7 @@ class Supervisor:
         self._spawn(self.publisher.run())
         self._spawn(self._run_timers())
         self._spawn(self._start_sidecars())
-        self._spawn(self._release_load())
+        self._spawn(self._begin_load())
         if self.prometheus is not None:
             self.prometheus.start()
         self.paths.api.unlink(missing_ok=True)
@@ -243,21 +245,22 @@ class Supervisor:
         except (KeyError, ValueError):
             return None
 
-    async def _release_load(self) -> None:
+    def cwd(self) -> str:
+        """Where commands run."""
+        return self.spec.cwd
+
+    async def _begin_load(self) -> None:
         """Let the load begin once everybody is there, so that the first requests do not fail."""
         await self.changes.until(
-            lambda: self.control.ready and all(unit.ready for unit in self.units.values()), _HOLD_S
+            lambda: self.control.ready and all(unit.ready for unit in self.units.values())
         )
         with suppress(Failed):
             await self.publisher.taken(self.publisher.request())
         self._load_held = False
-        with suppress(Failed):
-            await self._put_load()
+        rates = {unit: self._rate(unit.service, unit.env) for unit in self.units.values()}
+        await asyncio.gather(*(unit.put_load(rate) for unit, rate in rates.items() if rate is not None))
+        self._load_on = True
         self.changes.notify()
-
-    def cwd(self) -> str:
-        """Where commands run."""
-        return self.spec.cwd
 
     def sidecar_command(self, unit: Unit) -> list[str]:
         """Write what a sidecar is started with; its command line. Raises OSError."""
@@ -578,7 +581,7 @@ class Supervisor:
                 raise self.control.failure()
             return self.control.ready
         if what == "load":
-            return await self.changes.until(lambda: not self._load_held, timeout_s)
+            return await self.changes.until(lambda: self._load_on, timeout_s)
         if what == "prometheus":
             keeper = self.prometheus
             if keeper is not None:
@@ -730,17 +733,6 @@ class Supervisor:
     async def _ask_for_load(self, rps: float) -> None:
         """Have the control plane set the load, and keep it up. Raises MeshdemoError if it does not."""
         await asyncio.to_thread(lambda: self._client(_TAKEN_IN_S).set_load(rps))
-
-    async def _put_load(self) -> None:
-        """Tell every instance that makes load what it starts with. Raises Failed naming the deaf ones."""
-        rates = {
-            unit: rate
-            for unit in self.units.values()
-            if unit.ready and (rate := self._rate(unit.service, unit.env)) is not None
-        }
-        told = await asyncio.gather(*(unit.put_load(rate) for unit, rate in rates.items()))
-        if deaf := [unit.id for unit, taken in zip(rates, told, strict=True) if not taken]:
-            raise Failed(f"{', '.join(deaf)} did not take the load", "see `meshdemo logs` for why")
 
     async def op_shutdown(self) -> None:
         """End everything, the supervisor too."""

@@ -43,6 +43,7 @@ class Surroundings(Protocol):
     paths: MeshPaths
     reaper: Reaper
     changes: Changes
+    gate: asyncio.Semaphore
     environ: Mapping[str, str]
 
     def changed(self) -> None:
@@ -252,6 +253,7 @@ class Unit:
             probe=lambda: answers(port.number, path),
             changed=around.changed,
             died=around.died,
+            gate=around.gate,
             port_lost=port_lost,
         )
         return Run(keeper, port, revision, env)
