@@ -355,7 +355,7 @@ class Run:
         while self.mesh.now < end and not until():
             self._batch += self.mesh.tick()
             if self._batch or self.mesh.now >= self._due:
-                self._due = self.mesh.now + 0.25
+                self._due = self.mesh.now + 0.1
                 self._poll()
 
     def _poll(self) -> None:

@@ -30,8 +30,7 @@ from meshdemo.remediation.remedies import Remedies
 from meshdemo.remediation.view import WatchView
 from meshdemo.runtime.base import Runtime
 
-_POLL_S = 0.25  # also how soon an instance that died is noticed
-_TENSE_POLL_S = 0.1  # while one is down
+_POLL_S = 0.1  # how soon an instance that died is noticed; exports are noticed as they come
 _AWAY_S = 0.2  # between tries while the control plane is away
 _INTENT_S = 1.0
 _VIEW_S = 1.0
@@ -207,8 +206,7 @@ class Watch:
     def _poll(self) -> SampleBatch | None:
         """One look; None if the control plane is away."""
         try:
-            wait_s = _TENSE_POLL_S if self._core.observer.any_down else _POLL_S
-            batch = self._control.samples(self._seq, wait_s=wait_s)
+            batch = self._control.samples(self._seq, wait_s=_POLL_S)
             if not self._seq and len(batch.instances) > _HISTORY_INSTANCES:
                 batch = batch._replace(samples=[])
         except (MeshdemoError, OSError) as error:

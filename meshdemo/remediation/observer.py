@@ -21,7 +21,7 @@ _RECENT_S = 30.0  # exports kept to localise with
 _HISTORY_S = 2.0  # an export that was older when watch started is history: it is counted, not judged
 _STILL_ALPHA = 1e-6  # a remedy is on trial, for seconds: fewer looks than a day has
 _WAS_DOWN_S = 3.0
-_GLIMPSE_S = 0.1  # a readiness that was lost for less is not worth an incident
+_GLIMPSE_S = 0.05  # a readiness that was lost for less is not worth an incident
 
 
 class Observer:
@@ -76,11 +76,6 @@ class Observer:
     def down_in(self, service: str) -> list[str]:
         """Instances that have served, should serve, and do not."""
         return [name for name in self._down_since if self.situation.instances[name].service == service]
-
-    @property
-    def any_down(self) -> bool:
-        """Is any instance down?"""
-        return bool(self._down_since)
 
     def lately_down(self, name: str) -> bool:
         """Is the instance down, or was it a moment ago?"""
