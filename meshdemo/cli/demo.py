@@ -34,6 +34,7 @@ RPS = 200.0
 SERVICE = "service-b"
 _CALM_S = 5.0  # watch must have seen the mesh healthy to know what to go back to
 _WELL = 0.995
+_QUICK_MS = 250.0
 _PATIENCE_S = 60.0
 _STOP_S = 10.0
 _TOLD = {"violated", "localised", "chosen", "acted", "escalated", "blocked", "gave_up", "healed", "error"}
@@ -259,10 +260,7 @@ class _Story:
         name = event["event"]
         if name not in _TOLD or event["time"] < act.started_at or event["service"] != SERVICE:
             return
-        from meshdemo.remediation.view import LogLine
-        from meshdemo.ui import live
-
-        self._context.say(f"  {live.event_line(LogLine(event['time'], name, event.get('text', '')))}")
+        self._print_event(event)
         if name == "violated" and act.detect_s is None:
             act.detect_s = event.get("detect_s")
         elif name == "acted":
@@ -279,6 +277,19 @@ class _Story:
 
             self._context.console.print(Text(f"▸ {line}", "bold"))
 
+    def _print_event(self, event: dict[str, Any]) -> None:
+        if self._context.as_json:
+            return
+        from rich.table import Table
+
+        from meshdemo.ui import format as fmt
+
+        row = Table.grid(padding=(0, 1))  # a long text goes on below itself, not below the time
+        row.add_column(no_wrap=True)
+        row.add_column()
+        row.add_row(f"  {fmt.clock(event['time'])} {event['event']:<10}", str(event.get("text", "")))
+        self._context.console.print(row)
+
     def _print_signals(self) -> None:
         if self._context.as_json:
             return
@@ -291,7 +302,8 @@ class _Story:
 
 
 def _is_well(row: SignalRow) -> bool:
-    return (row["success_rate"] or 0) >= _WELL and row["rps"] > RPS / 2
+    quick = row["p95_ms"] is not None and row["p95_ms"] < _QUICK_MS
+    return quick and (row["success_rate"] or 0) >= _WELL and row["rps"] > RPS / 2
 
 
 def _runs(runtime: Runtime) -> bool:
