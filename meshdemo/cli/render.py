@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from meshdemo.cli import _context
+from meshdemo.errors import Failed
 
 app = typer.Typer(no_args_is_help=True, help="Print what would be applied or pushed, and touch nothing.")
 
@@ -50,6 +55,91 @@ def kubernetes(ctx: typer.Context, app: _App = None) -> None:
         context.emit([one for one in yaml.load_all(documents, Loader=loader) if one])
     else:
         context.say(documents.rstrip())
+
+
+_Policy = Annotated[
+    Path | None,
+    typer.Option("--policy", metavar="FILE", help="Whose objectives become rules (default: policy.yaml)."),
+]
+_Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Write the files there instead of printing them.")
+]
+
+
+@app.command()
+def prometheus(ctx: typer.Context, policy: _Policy = None, out: _Out = None) -> None:
+    """Prometheus' configuration, and the recording and alert rules of a policy's objectives."""
+    from meshdemo.errors import MeshdemoError
+    from meshdemo.remediation import policy as policies
+    from meshdemo.remediation import rules
+    from meshdemo.resources import DEFAULT_POLICY
+    from meshdemo.runtime.local import prometheus as local
+    from meshdemo.runtime.local.paths import MeshPaths
+
+    context = _context.of(ctx)
+    paths = MeshPaths.of(context.name)
+    control_plane = "127.0.0.1:8080"  # an example, while nothing runs
+    with suppress(MeshdemoError):
+        control_plane = urlsplit(context.client.base_url).netloc
+    config = local.config(
+        mesh=context.name,
+        targets=paths.prometheus,
+        control_plane=control_plane,
+        credentials=paths.control / "api-token",
+    )
+    _give(
+        context,
+        {
+            "prometheus.yml": config + "\n",
+            local.RULES: rules.render(policies.load(policy or DEFAULT_POLICY)) + "\n",
+        },
+        out,
+    )
+
+
+@app.command()
+def grafana(
+    ctx: typer.Context,
+    url: Annotated[
+        str | None,
+        typer.Option("--prometheus", metavar="URL", help="As Grafana reaches it (default: the mesh's)."),
+    ] = None,
+    out: _Out = None,
+) -> None:
+    """Grafana's provisioning: the data source and two dashboards."""
+    from meshdemo.errors import MeshdemoError
+    from meshdemo.ui import grafana as dashboards
+
+    context = _context.of(ctx)
+    if url is None:
+        with suppress(MeshdemoError):
+            url = context.runtime.endpoints()["prometheus"]
+    folder = (out.resolve() / "dashboards") if out else Path("/etc/grafana/provisioning/dashboards")
+    _give(context, dashboards.files(url or "http://127.0.0.1:9090/", str(folder)), out)
+
+
+def _give(context: _context.Context, files: Mapping[str, str], out: Path | None) -> None:
+    """Write files to a folder, or print them: as YAML documents, each after its name."""
+    if out is not None:
+        try:
+            for name, text in files.items():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (out / name).write_text(text)
+        except OSError as error:
+            raise Failed(f"cannot write {error.filename}: {error.strerror}") from error
+        names = [str(out / name) for name in files]
+        if context.as_json:
+            context.emit({"files": names})
+        else:
+            context.say("\n".join(names))
+    elif context.as_json:
+        import yaml
+
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        parsed = {name: yaml.load(text, Loader=loader) for name, text in files.items()}  # noqa: S506 - a safe loader
+        context.emit(parsed)
+    else:
+        context.say("".join(f"---\n# {name}\n{text}" for name, text in files.items()).rstrip())
 
 
 def _load(name: str) -> Any:

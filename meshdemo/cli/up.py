@@ -96,6 +96,7 @@ def command(
         extra={
             "cwd": str(folder), "context": context, "kind_image": kind_image, "workers": workers,
             "base_image": base_image, "registry": registry, "observability": observability,
+            "prometheus_rules": _rules(),
         },
     )  # fmt: skip
     steps = where.steps(options)
@@ -115,6 +116,14 @@ def command(
         frame.say(f"Mesh '{frame.name}' is up already, as asked for; nothing to change.")
     else:
         frame.say(f"Mesh '{frame.name}' is up after {time.monotonic() - started:.1f} s.")
+
+
+def _rules() -> str:
+    """The default policy's objectives as Prometheus rules."""
+    from meshdemo.remediation import policy, rules
+    from meshdemo.resources import DEFAULT_POLICY
+
+    return rules.render(policy.load(DEFAULT_POLICY))
 
 
 def _app(reference: str | None, where: Runtime) -> tuple[App, Path]:

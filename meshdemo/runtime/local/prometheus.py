@@ -12,6 +12,7 @@ from meshdemo.control.model import Instance
 from meshdemo.resources import TEMPLATES
 from meshdemo.runtime.local.files import write_atomic
 
+RULES = "rules/objectives.yml"  # beside the configuration; there need not be any
 _INTERVAL_S = 5  # a scrape reads some 100 kB from each sidecar: more often would be felt in an idle mesh
 _KEEP = "2h"
 
@@ -35,7 +36,7 @@ def config(*, mesh: str, targets: Path, control_plane: str, credentials: Path) -
     loader = jinja2.FileSystemLoader(TEMPLATES / "prometheus")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False)  # noqa: S701 - YAML
     return environment.get_template("prometheus.yml.j2").render(
-        interval_s=_INTERVAL_S, mesh=mesh, targets=str(targets), control_plane=control_plane,
+        interval_s=_INTERVAL_S, mesh=mesh, rules=RULES, targets=str(targets), control_plane=control_plane,
         credentials=str(credentials),
     )  # fmt: skip
 

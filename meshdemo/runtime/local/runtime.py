@@ -66,7 +66,13 @@ class LocalRuntime:
         ready = running is not None and all(one["ready"] for one in running["instances"])
         if ready and not specs.differences(before, wanted):
             return []
-        up = _Up(self, wanted, before if running else None, options.timeout_s)
+        up = _Up(
+            self,
+            wanted,
+            before if running else None,
+            options.timeout_s,
+            options.extra.get("prometheus_rules") or "",
+        )
         prepare = Step("Preparing the state folder", up.prepare, up.abandon)
         start = Step(
             "Changing what runs" if running else "Starting the supervisor",
@@ -333,13 +339,19 @@ class _Up:
     """One `up` at work: what its steps share."""
 
     def __init__(
-        self, runtime: LocalRuntime, wanted: MeshSpec, running: MeshSpec | None, timeout_s: float
+        self,
+        runtime: LocalRuntime,
+        wanted: MeshSpec,
+        running: MeshSpec | None,
+        timeout_s: float,
+        prometheus_rules: str = "",
     ) -> None:
         self._runtime = runtime
         self._wanted = wanted
         self._running = running
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
+        self._rules = prometheus_rules
         self._supervisor = SupervisorClient(runtime.paths)
         self._owner = False
 
@@ -348,6 +360,19 @@ class _Up:
         self._runtime.take_lock()
         self._owner = True
         self._runtime.paths.make()
+        if self._rules:
+            self._write_rules()
+
+    def _write_rules(self) -> None:
+        """Leave the rules where Prometheus looks for them when it starts."""
+        from meshdemo.runtime.local.prometheus import RULES
+
+        path = self._runtime.paths.prometheus / RULES
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomic(path, self._rules)
+        except OSError as error:
+            raise Failed(f"cannot write {path}: {error.strerror}", "make room on the disk") from error
 
     def abandon(self) -> None:
         """Leave nothing of a mesh that did not come up; leave one that ran before running."""
