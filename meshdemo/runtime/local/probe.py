@@ -1,4 +1,4 @@
-"""Asks one question over HTTP, without a client library: the supervisor asks thousands while things start."""
+"""Asks whether a server is there, without a client library: a supervisor asks often while things start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meshdemo.apps.model import Service
+
 _TIMEOUT_S = 1.0
+_SETTINGS = 4  # frame type (RFC 9113, 6.5)
+# The client's preface and an empty SETTINGS frame; the server begins with its SETTINGS, too (RFC 9113, 3.4).
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0])
 _LIMIT = 4_000_000  # bytes of an answer that are read at most
 
 
@@ -64,3 +69,25 @@ def _joined(chunked: bytes) -> bytes:
 async def answers(where: int | Path, path: str) -> bool:
     """Whether it answers 200."""
     return (await ask(where, path)).status == 200
+
+
+async def serves(port: int, service: Service, timeout_s: float = _TIMEOUT_S) -> bool:
+    """Whether a workload's own server answers: 200 at its health check, for gRPC its first HTTP/2 frame.
+
+    A TCP service is only asked for a connection, which the system makes even for a process that hangs.
+    """
+    if service.protocol == "http":
+        return (await ask(port, service.healthz, timeout_s=timeout_s)).status == 200
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                if service.protocol == "tcp":
+                    return True
+                writer.write(_HTTP2_HELLO)
+                frame = await reader.readexactly(9)
+                return frame[3] == _SETTINGS
+            finally:
+                writer.close()
+    except (OSError, asyncio.IncompleteReadError):
+        return False

@@ -27,7 +27,7 @@ from meshdemo.runtime.local.files import write_atomic
 from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Reaper
 from meshdemo.runtime.local.paths import MeshPaths
 from meshdemo.runtime.local.ports import LOOPBACK, Port
-from meshdemo.runtime.local.probe import answers, ask
+from meshdemo.runtime.local.probe import answers, ask, serves
 
 STOP_GRACE_S = 10.0  # a workload told to end may take so long to answer what it was asked
 _DRAIN_S = 10.0
@@ -212,8 +212,7 @@ class Unit:
         """Whether the workload answers its health check just now."""
         if self.run is None or not self.run.keeper.ready or self.run.keeper.hung():
             return False
-        path = self._around.service(self.service).healthz
-        return (await ask(self.run.port.number, path, timeout_s=timeout_s)).status == 200
+        return await serves(self.run.port.number, self._around.service(self.service), timeout_s)
 
     async def put_load(self, rps: float) -> bool:
         """Set the rate of a workload that makes load; whether it took it."""
@@ -230,7 +229,7 @@ class Unit:
         # A program of the user's may not set SO_REUSEADDR, and could then not bind a port that is held.
         port = Port(hold=program.program is not None)
         around = self._around
-        path = around.service(self.service).healthz
+        service = around.service(self.service)
 
         def plan() -> Plan:
             command = program.command or [sys.executable, "-P", "-m", f"meshdemo.workloads.{program.program}"]
@@ -250,7 +249,7 @@ class Unit:
             plan,
             output=BoundedLog(around.paths.logs / f"{self.id}.log"),
             reaper=around.reaper,
-            probe=lambda: answers(port.number, path),
+            probe=lambda: serves(port.number, service),
             changed=around.changed,
             died=around.died,
             gate=around.gate,
@@ -269,6 +268,7 @@ class Unit:
             **self._around.extra_env(self.service, env),
             "HOST": LOOPBACK, "PORT": str(port),
             "SERVICE": self.service, "VERSION": self.version, "INSTANCE": self.id,
+            "STATE_DIR": str(self.folder),  # outlives the process, not the instance
         }  # fmt: skip
 
     # -- the sidecar ---------------------------------------------------------------------------------------
