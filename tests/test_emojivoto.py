@@ -1,0 +1,79 @@
+"""The exercise, as a user does it: from the command line alone, find what fails, and release the version without it."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from local_harness import Cli, kill, wait_for
+
+from meshdemo.workloads.emojivoto.catalogue import CATALOGUE
+from meshdemo.workloads.emojivoto.voting import Votes
+
+
+def test_the_catalogue_has_a_hundred_emoji() -> None:
+    assert len(CATALOGUE) == len(set(CATALOGUE.values())) == 100
+
+
+def test_votes_are_counted_and_kept(tmp_path: Path) -> None:
+    votes = Votes(tmp_path / "votes.sqlite")
+    assert [votes.add(":joy:"), votes.add(":cat:"), votes.add(":joy:")] == [1, 1, 2]
+    assert Votes(tmp_path / "votes.sqlite").standings() == [(":joy:", 2), (":cat:", 1)]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    with Cli(tmp_path_factory.mktemp("home")).up(
+        "--runtime", "local", "--app", "emojivoto", "--rps", "40"
+    ) as cli:
+        yield cli
+
+
+def success(mesh: Cli, service: str, *more: str) -> dict[str, float]:
+    """Success rate by the last column asked for (service or route), once there is traffic enough."""
+    rows = mesh.json("stat", service, *more)
+    assert sum(row["requests"] for row in rows) > 100
+    return {row.get("route", row["service"]): row["success_rate"] for row in rows if row["requests"]}
+
+
+def board(mesh: Cli) -> dict[str, int]:
+    """The votes that voting has stored."""
+    path = mesh.paths.instance("voting-v1-1") / "votes.sqlite"
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        return dict(db.execute("SELECT choice, n FROM votes"))
+
+
+@pytest.mark.xdist_group("emojivoto")
+def test_the_exercise(mesh: Cli) -> None:
+    # Who is not well?
+    rates = wait_for("signals of web", lambda: success(mesh, "web"))
+    assert 0.7 < rates["web"] < 0.95
+    assert 0.7 < wait_for("signals of voting", lambda: success(mesh, "voting"))["voting"] < 0.95
+    assert wait_for("signals of emoji", lambda: success(mesh, "emoji"))["emoji"] == 1
+    # Which method, which choice?
+    assert success(mesh, "voting", "--by", "route").keys() == {"Vote"}
+    events = [
+        json.loads(line)
+        for line in mesh.run("tap", "web", "--status", "5xx", "--max", "3", "-o", "json").splitlines()
+    ]
+    assert {event["path"] for event in events} == {"/api/vote?choice=%3Adoughnut%3A"}
+    calls = [json.loads(line) for line in mesh.run("tap", "voting", "--max", "20", "-o", "json").splitlines()]
+    assert {call["path"] for call in calls} == {"/emojivoto.v1.VotingService/Vote"}
+    assert ":doughnut:" not in board(mesh)
+    # The release without it.
+    mesh.run("up", "--version", "voting=v2")
+    result = mesh.json("canary", "voting", "--to", "v2", "--steps", "50,100", "--hold", "3s")
+    assert result["promoted"], result
+    wait_for("nothing fails any more", lambda: success(mesh, "web", "--window", "3s")["web"] == 1)
+
+
+@pytest.mark.xdist_group("emojivoto")
+def test_votes_survive_a_restart_of_voting(mesh: Cli) -> None:
+    before = wait_for("votes", lambda: board(mesh))
+    kill(mesh.process("voting-v1-1"))
+    wait_for("voting is back", mesh.all_ready)
+    after = board(mesh)
+    assert all(after[choice] >= n for choice, n in before.items())
