@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import math
 import random
+import socket
 import tempfile
 import threading
 import time
@@ -136,14 +137,23 @@ class Place:
     def start(self, *, report: bool = True) -> None:
         """Serve, and have the sidecars report."""
         threading.Thread(target=self._server.run, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(self._beat(), self.loop)
         self.broadcast.start()
         if report:
             threading.Thread(target=self._report, daemon=True).start()
 
     def stop(self) -> None:
-        """Stop serving."""
+        """Stop serving, streams too."""
         self._stopping.set()
         self._server.close()
+        for channel in list(self._server.active_channels.values()):
+            with contextlib.suppress(OSError):
+                channel.socket.shutdown(socket.SHUT_RDWR)
+
+    async def _beat(self) -> None:
+        while not self._stopping.is_set():
+            self.store.beat()
+            await asyncio.sleep(0.1)
 
     def _report(self) -> None:
         due = time.time()

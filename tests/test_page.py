@@ -93,6 +93,15 @@ def test_ejected_silent_and_waiting_instances_say_so() -> None:
     assert (rows[third.id]["overdue"], rows[third.id]["requests"]) == (2, 0)
 
 
+def test_instances_that_envoy_ejected_are_counted_by_version() -> None:
+    mesh = made_up(2, 4)
+    first, b, second, _ = mesh.instances
+    out = [Cell(False, "service-b", "", version="v1", ejected=n) for n in (1, 2)]
+    made = seen(mesh, sample(first, out[1]), sample(first, out[0]), sample(second, out[0]), sample(b))
+    assert of(made, "service-b")["versions"][0]["outliers"] == 1
+    assert made["routes"] == []
+
+
 def test_a_split_and_its_faults_are_shown() -> None:
     mesh = made_up(2, 6)  # the third instance of service-b is its v2
     intent = set_traffic(Intent(), mesh, "service-b", {"split": {"v1": 90, "v2": 10}}, NOW)

@@ -133,7 +133,7 @@ def signals(
         for cell in sample.cells:
             if cell.inbound:
                 sums[_key_of_inbound(by, sample, cell)].add(cell)
-            elif cell.peer and (key := _key_of_outbound(by, sample, cell)) is not None:
+            elif cell.peer and cell.requests and (key := _key_of_outbound(by, sample, cell)) is not None:
                 sums[key].add_effective(cell)
     for sample in last.values():
         key = _key_of_instance(by, sample.service, sample.version, sample.instance)

@@ -48,7 +48,11 @@ class LoadKeeper:
             rate = self._mesh.intent.load_rps
             if rate is None:
                 continue
-            for trouble in self.tell(rate, makers(self._mesh.mesh)):
+            try:
+                troubles = self.tell(rate, makers(self._mesh.mesh))
+            except RuntimeError:
+                return  # the process is ending: nothing can be started any more
+            for trouble in troubles:
                 log.warning("%s", trouble)
 
     def set(self, rps: float) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class Cell:
     identity: str = ""  # the peer's SPIFFE id
     codes: Mapping[str, int] = field(default_factory=dict)  # response code -> count
     version: str = ""  # outbound: the version of `peer` that the (last) try went to
+    ejected: int = 0  # outbound: instances of it that this caller's outlier detection keeps out just now
     latency: Histogram = field(default_factory=Histogram)  # of `requests`; a reset one may have none
     failed_latency: Histogram = field(default_factory=Histogram)  # the part of `latency` that failed
 
@@ -189,7 +190,7 @@ def sample_to_json(sample: Sample) -> dict[str, Any]:
 
 def _cell_to_json(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {"inbound": cell.inbound, "peer": cell.peer, "route": cell.route}
-    for name in ("requests", "failures", "denied", "refused", "secured", "identity", "version"):
+    for name in ("requests", "failures", "denied", "refused", "secured", "identity", "version", "ejected"):
         if value := getattr(cell, name):
             row[name] = value
     if cell.codes:

@@ -60,6 +60,7 @@ def snapshot(
         instances.setdefault((instance.service, instance.version), []).append(row)
         counts = ready.setdefault(instance.service, {})
         counts[instance.version] = counts.get(instance.version, 0) + instance.ready
+    outliers = _outliers(samples, now)
     return {
         "time": round(now, 3),
         "mesh": mesh.mesh,
@@ -74,7 +75,7 @@ def snapshot(
                 "name": name,
                 "protocol": service.protocol,
                 **(_figures(of_service[name]) if name in of_service else {}),
-                "versions": _versions(name, service, intent, instances, ready.get(name, {})),
+                "versions": _versions(name, service, intent, instances, ready.get(name, {}), outliers),
             }
             for name, service in mesh.app.services.items()
         ],
@@ -104,6 +105,7 @@ def _versions(
     intent: Intent,
     instances: Mapping[tuple[str, str], list[dict[str, Any]]],
     ready: Mapping[str, int],
+    outliers: Mapping[tuple[str, str], int],
 ) -> list[dict[str, Any]]:
     """Those that run, and those that `up` would have started; each with its share of the traffic in %."""
     there = [version for of, version in instances if of == name]
@@ -118,9 +120,25 @@ def _versions(
             "version": version,
             "weight": round(100 * split.get(version, 0) / total) if total and len(known) > 1 else None,
             "instances": instances.get((name, version), []),
+            **({"outliers": outliers[name, version]} if (name, version) in outliers else {}),
         }
         for version in known
     ]
+
+
+def _outliers(samples: Sequence[Sample], now: float) -> dict[tuple[str, str], int]:
+    """Instances of each version that outlier detection keeps out: the most that one caller keeps out now.
+
+    Envoy counts them for each caller by itself, and does not say which.
+    """
+    newest = {sample.instance: sample for sample in samples if sample.end > now - WINDOW_S}
+    found: dict[tuple[str, str], int] = {}
+    for sample in newest.values():
+        for cell in sample.cells:
+            if cell.ejected:
+                key = (cell.peer, cell.version)
+                found[key] = max(found.get(key, 0), cell.ejected)
+    return found
 
 
 def _load(mesh: MeshState, intent: Intent) -> float | None:

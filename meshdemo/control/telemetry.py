@@ -45,6 +45,7 @@ SILENT_AFTER_S = 3.0
 # Names that templates/envoy gives the stats; see `report` there.
 _REQUESTS = {"inbound.requests": True, "outbound.requests": False}  # name -> inbound
 _LATENCY = {"inbound.latency": True, "outbound.latency": False}
+_EJECTED = "cluster.outlier_detection.ejections_active"
 _IN_FLIGHT, _ARRIVED = "http.inbound.downstream_rq_active", "http.inbound.downstream_rq_total"
 
 # Envoy's flags of a response that began well and was cut off: reset by the upstream or locally, the
@@ -107,6 +108,7 @@ class _Sum:
     denied: int = 0
     refused: int = 0
     secured: int = 0
+    ejected: int = 0
     codes: dict[str, int] = field(default_factory=dict)
     latency: dict[int, int] = field(default_factory=dict)
     failed_latency: dict[int, int] = field(default_factory=dict)
@@ -153,6 +155,7 @@ class _Sum:
             latency=Histogram(self.latency) if self.latency else _NOTHING,
             failed_latency=Histogram(self.failed_latency) if self.failed_latency else _NOTHING,
             version=version,
+            ejected=self.ejected,
         )
 
 
@@ -185,6 +188,11 @@ def decode(raw: bytes) -> Export:
             elif name in _REQUESTS:
                 kind = _kind(_REQUESTS[name], _attributes(point))
                 sums[kind.key].count(kind, point.as_int)
+            elif name == _EJECTED:
+                # An attribute of its own: the cluster, `SERVICE/VERSION`.
+                peer, _, version = dict(_attributes(point)).get("cluster", "").partition("/")
+                if peer and point.as_int:
+                    sums[False, peer, version, ""].ejected = point.as_int
             elif name == _IN_FLIGHT:
                 in_flight += point.as_int
             elif name == _ARRIVED:
@@ -467,7 +475,7 @@ def _pack(sample: Sample) -> tuple[Any, ...]:
         tuple(
             (
                 cell.inbound, cell.peer, cell.route, cell.requests, cell.failures, cell.denied, cell.refused,
-                cell.secured, cell.identity, cell.codes, cell.version,
+                cell.secured, cell.identity, cell.codes, cell.version, cell.ejected,
                 cell.latency.counts, cell.failed_latency.counts,
             )
             for cell in sample.cells
@@ -479,7 +487,7 @@ def _unpack(chunk: _Packed) -> Iterator[tuple[int, float, Sample]]:
     """(sequence number, received, sample) of a chunk."""
     rows = marshal.loads(zlib.decompress(chunk.content))  # noqa: S302 - written by this very process
     for number, (received, row) in enumerate(rows, chunk.first):
-        cells = tuple(Cell(*cell[:11], *map(Histogram, cell[11:])) for cell in row[9])
+        cells = tuple(Cell(*cell[:12], *map(Histogram, cell[12:])) for cell in row[9])
         yield number, received, Sample(*[*row[:9], cells])
 
 

@@ -57,6 +57,7 @@ const clip = (text, width, size) => { const room = Math.floor(width / (size * 0.
 // What there is to say of a service besides its figures: why it may look as it does.
 function notes(service, faults) {
   const out = faults.map((fault) => `⚡ ${faultEffect(fault)}${fault.instance ? ` on ${shortId(service.name, fault.instance)}` : fault.version ? ` on ${fault.version}` : ""}${fault.caller ? ` from ${fault.caller}` : ""}`);
+  for (const version of service.versions) if (version.outliers) out.push(`⊘ ${plural(version.outliers, "instance")} of ${version.version} ejected by Envoy`);
   if (service.refused) out.push(`⊘ ${rate(service.refused)}/s refused by a breaker`);
   if (service.denied) out.push(`⊘ ${rate(service.denied)}/s denied by access rules`);
   if (service.overdue) out.push(`⧗ ${plural(service.overdue, "request")} waiting for an answer`);
