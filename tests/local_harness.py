@@ -45,10 +45,10 @@ class Cli:
     """The command line, with a home and a mesh of its own."""
 
     def __init__(self, home: Path, name: str = "mesh-demo") -> None:
-        self.home = home
+        self.home = home.resolve()
         self.name = name
-        self.paths = MeshPaths(home / name)
-        self.env = {**os.environ, "MESHDEMO_HOME": str(home), "NO_COLOR": "1"}
+        self.paths = MeshPaths(self.home / name)
+        self.env = {**os.environ, "MESHDEMO_HOME": str(self.home), "NO_COLOR": "1"}
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         """Start a command and do not wait for it."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from local_harness import DEADLINE_S, Cli, kill, read_url, wait_for
 
+from meshdemo.apps import loader
 from meshdemo.runtime.local.leftovers import find
 from meshdemo.runtime.local.paths import MeshPaths
 
@@ -271,6 +272,26 @@ def test_a_workload_that_does_not_start_ends_up_with_its_words(cli: Cli, tmp_pat
     assert "shop-v1-1 does not start: exit status 7" in said
     assert "cannot find my database" in said
     assert cli.leftovers() == []
+
+
+def test_a_change_that_fails_leaves_the_mesh_as_it_was(mesh: Cli, tmp_path: Path) -> None:
+    wait_for("a ready mesh", mesh.all_ready)
+    app = tmp_path / "pair.yaml"
+    text = (Path(loader.__file__).parent / "pair.yaml").read_text()
+    app.write_text(text.replace("v2: {program: service_b,", "v2: {program: service_b, env: {ERR_RATE: '7'},"))
+    before = mesh.describe()
+    running = {one["name"] for one in before["processes"]}
+    if "service-b-v2-1" in running:
+        said = mesh.run("up", "--app", str(app), status=1)
+    else:
+        said = mesh.run("up", "--app", str(app), "--version", "service-b=v2", status=1)
+    assert "service-b-v2-1 does not start: exit status 2" in said
+    assert "ERR_RATE='7' makes no sense" in said
+    after = mesh.describe()
+    assert {one["name"]: one["pid"] for one in after["processes"]} == {
+        one["name"]: one["pid"] for one in before["processes"]
+    }
+    assert after["spec"]["app"] == before["spec"]["app"]
 
 
 def test_a_workload_that_is_never_ready_ends_up_in_time(cli: Cli, tmp_path: Path) -> None:

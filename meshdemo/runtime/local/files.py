@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -60,6 +59,8 @@ class Lock:
 
 
 def _try(path: Path) -> int | None:
+    import fcntl  # not on Windows, where this module is imported all the same
+
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -21,12 +21,15 @@ LOCK_SUFFIX = ".lock"
 
 
 def home() -> Path:
-    """The folder of all local meshes: MESHDEMO_HOME, or the platform's folder for a user's state."""
+    """The folder of all local meshes: MESHDEMO_HOME, or the platform's folder for a user's state.
+
+    Without symbolic links, since a mesh is known by its path.
+    """
     if chosen := os.environ.get("MESHDEMO_HOME"):
-        return Path(chosen).expanduser().absolute()
+        return Path(chosen).expanduser().resolve()
     import platformdirs
 
-    return Path(platformdirs.user_state_dir("meshdemo"))
+    return Path(platformdirs.user_state_dir("meshdemo")).resolve()
 
 
 @dataclass(frozen=True, slots=True)

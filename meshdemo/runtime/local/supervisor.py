@@ -16,9 +16,11 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -321,7 +323,8 @@ class Supervisor:
                 self._client(_TAKEN_IN_S).post_event({"event": event, "time": happened, **content})
 
         happened = time.time()
-        self._spawn(asyncio.to_thread(post))
+        # Not one of the loop's threads: nobody should wait for this when the supervisor ends.
+        threading.Thread(target=post, daemon=True).start()
 
     # -- control plane and Prometheus ----------------------------------------------------------------------
 
@@ -813,6 +816,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The supervisor of a local mesh; started by `meshdemo up`.")
     parser.add_argument("--state", type=Path, required=True)
     paths = MeshPaths(parser.parse_args().state)
+    # Each instance takes some file descriptors of ours, and common soft limits (256, 1024) are low.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     handler = _LogHandler(BoundedLog(paths.logs / "supervisor.log"))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, handlers=[handler])
     spec = MeshSpec.model_validate_json(paths.spec.read_text())
