@@ -22,7 +22,7 @@ from typing import Any
 import waitress
 
 from meshdemo.apps.model import App
-from meshdemo.control import load, metrics, page
+from meshdemo.control import load, metrics, objectives, page
 from meshdemo.control.api import Control, create_app
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
@@ -126,6 +126,7 @@ class Place:
             blueprints=[
                 page.blueprint(self.broadcast, sessions),
                 load.blueprint(load.LoadKeeper(self.control)),
+                objectives.blueprint(self.control.totals.objectives),
             ],
             authorize=[sessions.authorize],
         )

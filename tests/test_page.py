@@ -17,7 +17,7 @@ from flask import Flask, request
 from page_harness import TOKEN, Place, made_up, place
 
 from meshdemo.apps.model import App
-from meshdemo.control import load, page
+from meshdemo.control import load, objectives, page
 from meshdemo.control.intent import add_fault, eject, new_fault, set_load, set_traffic
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.control.session import KEY_HEADER, LIFETIME_S, Sessions
@@ -396,6 +396,34 @@ def test_the_history_is_asked_for_by_service(served: Place) -> None:
     assert status == 200
     assert len(answer["points"][0]) == len(answer["columns"])
     assert call(served, "GET", "/v1/history?service=nobody", **bearer)[0] == 400
+
+
+# -- objectives -------------------------------------------------------------------------------------------
+
+STANDING = {"service": "service-b", "objective": "success", "text": "99% answered well", "health": "ok",
+            "good_share": 0.999, "wanted_share": 0.99, "budget_left": 0.87}  # fmt: skip
+
+
+def test_objectives_are_shown_while_somebody_watches(served: Place) -> None:
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    assert call(served, "PUT", "/v1/objectives", {"objectives": [STANDING]}, **bearer)[0] == 200
+    assert json.loads(call(served, "GET", "/v1/objectives", **bearer)[2])["objectives"] == [STANDING]
+    text = call(served, "GET", "/metrics")[2].decode()
+    assert 'meshdemo_objective_error_budget{objective="success",service="service-b"} 0.87' in text
+    viewer = Viewer(served)
+    assert viewer.until("snapshot")["objectives"] == [STANDING]
+    viewer.close()
+    for bad in ([STANDING], {"objectives": [{**STANDING, "budget_left": "much"}]}, {}, None):
+        assert call(served, "PUT", "/v1/objectives", bad, **bearer)[0] == 400
+
+
+def test_what_no_watch_confirms_is_forgotten() -> None:
+    now = [0.0]
+    standings = objectives.Standings(clock=lambda: now[0])
+    standings.say([objectives.Standing.model_validate(STANDING)])
+    assert len(standings.now()) == 1
+    now[0] += objectives.FORGOTTEN_AFTER_S
+    assert standings.now() == ()
 
 
 # -- the load ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -319,6 +319,12 @@ class ControlClient:
     def set_load(self, rps: float) -> None:
         """Set the rate of every instance that makes load (requests/s each); it outlives their restarts."""
         self._call("PUT", "/v1/load", body={"rps": rps})
+
+    # -- objectives
+
+    def say_objectives(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Say how all objectives stand (`control/objectives.py`); it is forgotten after some seconds."""
+        self._call("PUT", "/v1/objectives", body={"objectives": rows})
 
     # -- telemetry
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from meshdemo.control.objectives import Standings
 from meshdemo.control.signals import BOUNDS_MS, Cell, Sample, middle_ms
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Totals:
         )
         self._events: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self._exports = 0
+        self.objectives = Standings()  # as watch says
 
     def sample(self, sample: Sample) -> None:
         """Count one export."""
@@ -82,7 +84,7 @@ class Totals:
 
     def families(self) -> Iterator[Metric]:
         """The counters and the histogram."""
-        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         with self._lock:
             requests, failures, denied = dict(self._requests), dict(self._failures), dict(self._denied)
@@ -145,6 +147,14 @@ class Totals:
                 if kind == event:
                     family.add_metric((service, what), n)
             yield family
+        budget = GaugeMetricFamily(
+            "meshdemo_objective_error_budget",
+            "Share of an objective's error budget that is left, by the watch that runs; below 0: overspent.",
+            labels=("service", "objective"),
+        )
+        for row in self.objectives.now():
+            budget.add_metric((row.service, row.objective), row.budget_left)
+        yield budget
         yield CounterMetricFamily(
             "meshdemo_telemetry_exports", "Telemetry exports taken in from sidecars.", value=exports
         )

@@ -117,6 +117,7 @@ class Broadcast:
                     points.append(point(signal, now))
         if watched:
             made = snapshot(mesh, intent, samples, silent=store.silent, now=now, services=services)
+            made["objectives"] = [row.model_dump(mode="json") for row in self._mesh.totals.objectives.now()]
             content = json.dumps(made, separators=(",", ":"))
             with self._condition:
                 self._frame = Frame(self._frame.number + 1, content)

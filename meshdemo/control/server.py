@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from pydantic import ValidationError
 
-from meshdemo.control import load, metrics, page, telemetry
+from meshdemo.control import load, metrics, objectives, page, telemetry
 from meshdemo.control.api import Control, create_app
 from meshdemo.control.files import write_atomically
 from meshdemo.control.identity import Authenticator
@@ -211,7 +211,11 @@ def _serve_http(place: Place, control: Control) -> None:
         control,
         token=token,
         allowed_hosts=place.allowed_hosts,
-        blueprints=[page.blueprint(broadcast, sessions), load.blueprint(keeper)],
+        blueprints=[
+            page.blueprint(broadcast, sessions),
+            load.blueprint(keeper),
+            objectives.blueprint(control.totals.objectives),
+        ],
         authorize=[sessions.authorize],
         open_port=open_port,
     )

@@ -81,7 +81,7 @@ class Journalist:
 
     def __init__(self, client: Callable[[], ControlClient]) -> None:
         self._client = client
-        self._queue: queue.Queue[Event | None] = queue.Queue()
+        self._queue: queue.Queue[Event | WatchView | None] = queue.Queue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -89,6 +89,10 @@ class Journalist:
     def post(self, event: Event) -> None:
         """Have an event posted; returns at once."""
         self._queue.put(event)
+
+    def stand(self, view: WatchView) -> None:
+        """Have the control plane told how the objectives stand; returns at once."""
+        self._queue.put(view)
 
     def close(self, timeout_s: float) -> None:
         """Post what is left, for at most so long."""
@@ -98,6 +102,10 @@ class Journalist:
 
     def _run(self) -> None:
         while (event := self._queue.get()) is not None:
+            if not isinstance(event, Event):
+                with suppress(MeshdemoError, OSError):  # it is said again soon
+                    self._client().say_objectives(_standings(event))
+                continue
             row = {"by": "watch", **event.to_json()}
             while not self._posted(row) and not self._closing.is_set():
                 self._closing.wait(_AWAY_S)
@@ -108,6 +116,23 @@ class Journalist:
         except (MeshdemoError, OSError):
             return False
         return True
+
+
+def _standings(view: WatchView) -> list[dict[str, object]]:
+    """How the objectives stand, as the control plane is told."""
+    return [
+        {
+            "service": service.name,
+            "objective": one.name,
+            "text": one.text,
+            "health": one.health,
+            "good_share": one.good_share,
+            "wanted_share": one.wanted_share,
+            "budget_left": round(one.budget_left, 4),
+        }
+        for service in view.services
+        for one in service.objectives
+    ]
 
 
 class Watch:
@@ -123,6 +148,7 @@ class Watch:
         self.events: queue.Queue[Event | None] = queue.Queue()
         self.views: queue.Queue[WatchView] = queue.Queue()
         self.outcome = Outcome()
+        self._journal: Journalist | None = None
         self.error: BaseException | None = None
         self._runtime = runtime
         self._settings = settings
@@ -172,6 +198,7 @@ class Watch:
             recorder = Recorder(settings.record) if settings.record else None
             webhooks = [] if settings.dry_run else settings.policy.webhooks()
             notifier = Notifier(self._runtime.name, webhooks, lambda text: self._say_own("error", text))
+            self._journal = journal
             self._tell_to = [journal.post] if journal else []
             self._tell_to.append(notifier.tell)
             with ThreadPoolExecutor(_WORKERS, thread_name_prefix="remedy") as workers:
@@ -247,6 +274,8 @@ class Watch:
             self._say(event)
         if self._is_due("signals", _SIGNALS_S):
             self._say_signals()
+            if self._journal is not None:
+                self._journal.stand(self._board.view(self._clock(), connected=self._connected))
 
     def _act(self, action: Action) -> None:
         self._results.put(self._remedies.carry_out(action))

@@ -123,6 +123,19 @@ function figures() {
   }
 }
 
+// As watch judges them; nothing while no watch runs.
+const HEALTH = { ok: ["✓", "holds", "ok"], unknown: ["?", "unknown", "off"], violated: ["✗", "violated", "bad"], healing: ["↻", "healing", "warn"] };
+function objectives() {
+  const rows = snapshot.objectives.filter((row) => row.service === chosen), list = by("objectives");
+  while (list.children.length > rows.length) list.lastChild.remove();
+  rows.forEach((row, index) => {
+    const [symbol, word, kind] = HEALTH[row.health] ?? HEALTH.unknown;
+    const item = list.children[index] ?? list.appendChild(document.createElement("li"));
+    setText(item, `${symbol} ${row.objective} ${word} (${row.text}), error budget left ${Math.floor(row.budget_left * 100)} %`);
+    setAttribute(item, "class", kind);
+  });
+}
+
 function render() {
   if (!snapshot) return;
   setText(by("mesh"), snapshot.mesh);
@@ -135,6 +148,7 @@ function render() {
   if (select.value !== chosen) select.value = chosen;
   summary();
   figures();
+  objectives();
   graph.update(snapshot, chosen);
   by("fit").hidden = !graph.overflows && !graph.fit;
   setAttribute(by("main"), "class", graph.large ? "large" : "");
