@@ -13,6 +13,8 @@ nginx     two nginx with mutual TLS
 from __future__ import annotations
 
 import getpass
+import itertools
+import math
 import os
 import sys
 import time
@@ -73,6 +75,7 @@ class _Round:
     cpu_ms: float  # per 1,000 requests
     memory_mb: float
     open_s: Mapping[float, Sequence[float]]  # rate -> latencies
+    failed: int  # requests
 
 
 def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
@@ -107,17 +110,16 @@ def _measure(stage: Stage, way: Way, scale: Scale) -> _Round:
     cpu_ms = (way.cpu_s() - used) * 1000 / many.requests * 1000
     memory_mb = way.memory_mb()
     open_s = {rate: _open(stage, way, rate, scale.seconds(4, quick=2)) for rate in RATES}
-    return _Round(one.us, many.rps, cpu_ms, memory_mb, open_s)
+    failed = one.errors + many.errors + sum(map(math.isinf, itertools.chain(*open_s.values())))
+    return _Round(one.us, many.rps, cpu_ms, memory_mb, open_s, failed)
 
 
 def _open(stage: Stage, way: Way, rate: float, seconds: float) -> list[float]:
-    """Latencies (s) at a fixed rate; the first half second, with its new connections, is left out."""
+    """Latencies (s, infinity: failed) at a fixed rate, without the half second of new connections."""
     with OpenLoop(stage, way.port, rate, seconds=seconds + 0.5) as load:
         requests = load.join(seconds + 30)
-    if failed := [one for one in requests if one.status != 200]:
-        raise Failed(f"{len(failed)} of {len(requests)} requests failed on the way '{way.name}'")
     begin = min(one.due for one in requests) + 0.5
-    return [one.took_s for one in requests if one.due >= begin]
+    return [one.took_s if one.status == 200 else math.inf for one in requests if one.due >= begin]
 
 
 # -- the ways ---------------------------------------------------------------------------------------------
@@ -272,6 +274,9 @@ def _figures(rounds: Mapping[str, Sequence[_Round]]) -> list[Figure]:
             values(lambda one: one.memory_mb, proxies=True), MESH,
         ),
     ]  # fmt: skip
+    if any(one.failed for found in rounds.values() for one in found):
+        failed = values(lambda one: one.failed)
+        figures.append(Figure("overhead.failed", "Requests that failed", "requests", "lower", failed, MESH))
     for rate in RATES:
         for q, words in ((0.5, "Median latency"), (0.99, "99th percentile")):
             figures.append(

@@ -6,6 +6,7 @@ All of it is gone when the stage closes, be it at the end, by Ctrl-C or because 
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jinja2
 
 from meshdemo.bench.guard import MARK
-from meshdemo.errors import Failed
+from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.resources import TEMPLATES
 from meshdemo.runtime.local.ports import Port
 
@@ -230,6 +231,30 @@ def process_ids(runtime: LocalRuntime) -> dict[str, int]:
 def command(runtime: LocalRuntime, *arguments: str) -> list[str]:
     """The command line of `meshdemo` for a mesh."""
     return [sys.executable, "-P", "-m", "meshdemo", "--name", runtime.name, *arguments]
+
+
+def ask(runtime: LocalRuntime, *arguments: str) -> Any:
+    """What a command of `meshdemo` says with `-o json`. Raises Failed with its complaint if it fails."""
+    what = f"`meshdemo {' '.join(arguments)}`"
+    try:
+        done = subprocess.run(
+            command(runtime, *arguments, "-o", "json"), capture_output=True, text=True, check=False,
+            timeout=_PATIENCE_S, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{what} did not end within {_PATIENCE_S:g} s") from None
+    if done.returncode:
+        raise Failed(f"{what} failed: {' '.join(done.stderr.split())}")
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def attempt(what: str, failures: list[str]) -> Iterator[None]:
+    """A measurement that may fail without taking those before it along: it is noted as left out."""
+    try:
+        yield
+    except MeshdemoError as error:
+        failures.append(f"not measured: {what}: {error}")
 
 
 def until(what: str, condition: Callable[[], _T], patience_s: float = _PATIENCE_S) -> _T:

@@ -125,7 +125,7 @@ def felt(requests: Sequence[Request], since: float) -> tuple[float, float]:
     """From `since` to the first answer that is a failure, and to the last that is none (s).
 
     The second is when the fault reaches everybody. Infinity where no request fails, or where the last
-    answer is none.
+    answer is a good one.
     """
     after = [one for one in requests if one.ended >= since and math.isfinite(one.ended)]
     bad = [one.ended for one in after if one.failed]

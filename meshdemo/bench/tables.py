@@ -108,7 +108,7 @@ def bar_words(figure: Figure, bar: Bar) -> str:
 def value(number: float, observed: float | None = None) -> str:
     """A figure with three digits that count; what did not come in the time observed is more than that."""
     if math.isinf(number):
-        return f"> {observed:g}" if observed is not None else "never"
+        return f"> {observed:g}" if observed is not None else "∞"
     if number == 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(number))))
