@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,12 +236,11 @@ class Cluster:
         labels: str = "",
         fields: str = "",
         timeout_s: float,
-        on_open: Callable[[Any], None] | None = None,
     ) -> Iterator[tuple[str, Manifest]]:
         """Changes after a resource version as (`ADDED|MODIFIED|DELETED|BOOKMARK`, object), for `timeout_s`.
 
         Ends when the time is over or the connection drops. Raises ApiError 410 when the version is too old:
-        list again. `on_open` gets the response, to be closed from another thread.
+        list again.
         """
         query = {
             "watch": "true", "resourceVersion": resource_version, "allowWatchBookmarks": "true",
@@ -254,8 +253,6 @@ class Cluster:
             stream=True,
             read_timeout_s=timeout_s + _CONNECT_S,
         )
-        if on_open:
-            on_open(response)
         try:
             for line in lines(response):
                 event = json.loads(line)

@@ -78,7 +78,6 @@ class Reflector:
         self._first_pause_s = first_pause_s
         self._objects: dict[str, Manifest] = {}
         self._stopping = threading.Event()
-        self._response: Any = None
         self._thread = threading.Thread(target=self._run, name=f"reflector of {kind}", daemon=True)
 
     @property
@@ -91,10 +90,8 @@ class Reflector:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; it may be waiting for the network, so it is not waited for."""
+        """End the thread, when it next hears from the network; it does not keep the process."""
         self._stopping.set()
-        if self._response is not None:
-            self._response.close()
 
     def _run(self) -> None:
         version, listed_at, pause_s = "", 0.0, self._first_pause_s
@@ -128,8 +125,10 @@ class Reflector:
     def _watch(self, version: str, timeout_s: float) -> str:
         for event, one in self._cluster.watch(
             self._kind, self._namespace, version, labels=self._labels, fields=self._fields,
-            timeout_s=timeout_s, on_open=self._opened,
+            timeout_s=timeout_s,
         ):  # fmt: skip
+            if self._stopping.is_set():
+                break
             version = one["metadata"]["resourceVersion"]
             if event == "BOOKMARK":
                 continue
@@ -141,9 +140,6 @@ class Reflector:
             self._objects = objects
             self._changed()
         return version
-
-    def _opened(self, response: Any) -> None:
-        self._response = response
 
 
 def _key(manifest: Manifest) -> str:

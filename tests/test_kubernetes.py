@@ -1,0 +1,750 @@
+"""What the code asks of the API server and makes of its answers, faults included; against a mock of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kmock
+import pytest
+from kube_mock import FOREVER, ApiServer, Refusal
+
+from meshdemo.apps import loader
+from meshdemo.control import kubernetes as k8s
+from meshdemo.control.model import Intent, MeshState
+from meshdemo.errors import BadInput, Failed, Missing
+from meshdemo.kube import ApiError, Cluster
+from meshdemo.runtime.base import UpOptions
+from meshdemo.runtime.kubernetes import apply, lease
+from meshdemo.runtime.kubernetes.runtime import autoscalers
+from meshdemo.runtime.kubernetes.specs import SpecMap
+from meshdemo.runtime.local.spec import wanted
+
+PAIR = loader.load("pair")
+PODS = "/api/v1/namespaces/n/pods"
+MAPS = "/api/v1/namespaces/n/configmaps"
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    found = ApiServer()
+    yield found
+    found.close()
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < end, f"gave up waiting for: {what}"
+        time.sleep(0.01)
+    return found
+
+
+# -- requests ----------------------------------------------------------------------------------------------
+
+
+def test_a_busy_server_is_asked_again_when_it_says(server: ApiServer) -> None:
+    server.answer(f"get {PODS}/p", status=429, headers={"Retry-After": "1"}, times=1)
+    server.answer(f"get {PODS}/p", status=503, times=1)
+    server.answer(f"get {PODS}/p", {"metadata": {"name": "p"}})
+    began = time.monotonic()
+    assert server.cluster().get("Pod", "p", "n") == {"metadata": {"name": "p"}}
+    assert time.monotonic() - began >= 1
+    assert len(server.requests("get")) == 3
+
+
+def test_patience_ends(server: ApiServer) -> None:
+    server.answer(f"get {PODS}", status=503)
+    with pytest.raises(ApiError) as caught:
+        server.cluster(patience_s=0).find("Pod", "n")
+    assert caught.value.status == 503
+    assert len(server.requests("get")) == 1
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    from kubernetes import client as api
+
+    configuration = api.Configuration()
+    configuration.host = f"http://127.0.0.1:{port}"
+    cluster = Cluster(configuration, patience_s=20)
+
+    def come_back() -> None:
+        time.sleep(1)
+        listener = socket.create_server(("127.0.0.1", port))
+        connection, _ = listener.accept()
+        connection.recv(4096)
+        body = b'{"metadata": {"name": "p"}}'
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        connection.close()
+        listener.close()
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    assert cluster.get("Pod", "p", "n") == {"metadata": {"name": "p"}}
+    thread.join()
+
+
+def test_a_dead_cluster_is_told_at_once() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    from kubernetes import client as api
+
+    configuration = api.Configuration()
+    configuration.host = f"http://127.0.0.1:{port}"
+    with pytest.raises(ApiError, match=r"does not answer: .*refused") as caught:
+        Cluster(configuration, patience_s=0).version()
+    assert "\n" not in caught.value.message
+
+
+def test_a_refusal_carries_the_servers_own_words(server: ApiServer) -> None:
+    said = 'pods is forbidden: User "eve" cannot create resource "pods"'
+    server.answer(f"post {PODS}", Refusal(403, "Forbidden", said))
+    with pytest.raises(ApiError) as caught:
+        server.cluster().create("Pod", {"metadata": {"name": "x"}}, "n")
+    assert said in caught.value.message
+    assert caught.value.reason == "Forbidden"
+    assert caught.value.remedy
+
+
+def test_a_context_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text(
+        json.dumps(
+            {
+                "apiVersion": "v1", "kind": "Config", "current-context": "one",
+                "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}],
+                "users": [{"name": "u", "user": {}}],
+                "contexts": [{"name": name, "context": {"cluster": "c", "user": "u"}} for name in ("one", "two")],
+            }
+        )
+    )  # fmt: skip
+    with pytest.raises(BadInput, match="no context 'three'") as caught:
+        Cluster.from_kubeconfig(config, "three")
+    assert "one, two" in caught.value.remedy
+    with pytest.raises(Missing):
+        Cluster.from_kubeconfig(tmp_path / "nothing")
+
+
+def test_apply_is_server_side_with_a_manager(server: ApiServer) -> None:
+    server.answer(f"patch {MAPS}/x", {"kind": "ConfigMap"})
+    server.cluster().apply(
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x", "namespace": "n"}}
+    )
+    (request,) = server.requests("patch")
+    assert request.params == {"fieldManager": "meshdemo", "force": "true"}
+    assert request.headers["Content-Type"] == "application/apply-patch+yaml"
+
+
+# -- watching ----------------------------------------------------------------------------------------------
+
+
+def pod(name: str, version: str = "1", **fields: Any) -> dict[str, Any]:
+    return {"kind": "Pod", "metadata": {"name": name, "namespace": "n", "resourceVersion": version, **fields}}
+
+
+def pods(version: str, *names: str) -> dict[str, Any]:
+    return {"metadata": {"resourceVersion": version}, "items": [pod(name) for name in names]}
+
+
+def reflect(server: ApiServer, **options: Any) -> k8s.Reflector:
+    options = {"first_pause_s": 0.05, **options}
+    reflector = k8s.Reflector(server.cluster(patience_s=0), "Pod", "n", lambda: None, **options)
+    reflector.start()
+    return reflector
+
+
+def names(reflector: k8s.Reflector) -> set[str]:
+    return {one["metadata"]["name"] for one in reflector.objects}
+
+
+def lines(*events: Any) -> bytes:
+    return b"".join(json.dumps({"type": kind, "object": what}).encode() + b"\n" for kind, what in events)
+
+
+def watches(server: ApiServer) -> list[str]:
+    return [
+        request.params["resourceVersion"] for request in server.requests("get") if "watch" in request.params
+    ]
+
+
+def test_changes_arrive(server: ApiServer) -> None:
+    server.answer(
+        f"get {PODS}?watch=true",
+        lines(("ADDED", pod("b", "11")), ("MODIFIED", pod("a", "12")), ("DELETED", pod("a", "13"))),
+        times=1,
+    )
+    server.answer(f"get {PODS}?watch=true", FOREVER)
+    server.answer(f"get {PODS}", pods("10", "a"))
+    reflector = reflect(server)
+    until(lambda: names(reflector) == {"b"}, "the changes")
+    until(lambda: len(watches(server)) >= 2, "the next watch")
+    assert watches(server)[:2] == ["10", "13"]  # it goes on from where it was
+    reflector.stop()
+
+
+def test_a_dropped_watch_goes_on_where_it_was(server: ApiServer) -> None:
+    whole = lines(("ADDED", pod("b", "11")))
+    torn = lines(("ADDED", pod("c", "12")))[:-20]  # the connection breaks in the middle of a line
+    server.answer(f"get {PODS}?watch=true", whole + torn, times=1)
+    server.answer(f"get {PODS}?watch=true", lines(("ADDED", pod("c", "12"))), times=1)
+    server.answer(f"get {PODS}?watch=true", FOREVER)
+    server.answer(f"get {PODS}", pods("10", "a"))
+    reflector = reflect(server)
+    until(lambda: names(reflector) == {"a", "b", "c"}, "what was torn")
+    assert watches(server)[:2] == ["10", "11"]
+    assert (
+        len([r for r in server.requests("get") if "watch" not in r.params]) == 1
+    )  # nothing was listed again
+    reflector.stop()
+
+
+@pytest.mark.parametrize("how", ["event", "status"])
+def test_a_version_that_is_too_old_has_all_listed_again(server: ApiServer, how: str) -> None:
+    gone = Refusal(410, "Expired", "too old resource version: 10 (99)")
+    server.answer(
+        f"get {PODS}?watch=true", lines(("ERROR", gone.body())) if how == "event" else gone, times=1
+    )
+    server.answer(f"get {PODS}?watch=true", FOREVER)
+    server.answer(f"get {PODS}", pods("10", "a"), times=1)
+    server.answer(f"get {PODS}", pods("99", "b"))
+    reflector = reflect(server)
+    until(lambda: names(reflector) == {"b"}, "the second list")
+    until(lambda: watches(server)[-1:] == ["99"], "a watch from there")
+    reflector.stop()
+
+
+def test_a_bookmark_moves_the_version_and_nothing_else(server: ApiServer) -> None:
+    mark = {"kind": "Pod", "metadata": {"resourceVersion": "50"}}
+    server.answer(f"get {PODS}?watch=true", lines(("BOOKMARK", mark)), times=1)
+    server.answer(f"get {PODS}?watch=true", FOREVER)
+    server.answer(f"get {PODS}", pods("10", "a"))
+    reflector = reflect(server)
+    until(lambda: "50" in watches(server), "a watch from the bookmark")
+    assert names(reflector) == {"a"}
+    reflector.stop()
+
+
+def test_while_the_server_is_away_the_copy_stays(server: ApiServer) -> None:
+    server.answer(f"get {PODS}?watch=true", status=500, times=1)
+    server.answer(f"get {PODS}?watch=true", FOREVER)
+    server.answer(f"get {PODS}", pods("10", "a"), times=1)
+    server.answer(f"get {PODS}", status=503, times=3)
+    server.answer(f"get {PODS}", pods("20", "a", "b"))
+    reflector = reflect(server)
+    assert reflector.listed.wait(10)
+    seen = set()
+    until(
+        lambda: seen.add(frozenset(names(reflector))) or names(reflector) == {"a", "b"},
+        "the server to be back",
+    )
+    assert frozenset() not in seen
+    reflector.stop()
+
+
+def test_everything_is_listed_again_now_and_then(server: ApiServer) -> None:
+    server.answer(f"get {PODS}?watch=true", b"")
+    counter = itertools.count(1)
+    server.answer(f"get {PODS}", lambda: pods("10", f"p{next(counter)}"))
+    reflector = reflect(server, resync_s=0.05)
+    until(lambda: "p3" in names(reflector), "a third list")
+    reflector.stop()
+
+
+# -- the mesh as the cluster shows it ----------------------------------------------------------------------
+
+
+def app_pod(
+    name: str, service: str = "service-b", *, revision: str = "1", ip: str = "10.0.0.1", **meta: Any
+) -> dict[str, Any]:
+    labels = {k8s.MESH: "m", k8s.SERVICE: service, k8s.VERSION: "v1"}
+    return {
+        "metadata": {"name": name, "uid": f"uid-{name}", "labels": labels, "annotations": {k8s.REVISION: revision}, **meta},
+        "status": {"phase": "Running", "podIP": ip},
+    }  # fmt: skip
+
+
+def endpoints(service: str, **ready: bool) -> dict[str, Any]:
+    return {
+        "metadata": {"name": f"{service}-x", "labels": {"kubernetes.io/service-name": service}},
+        "endpoints": [
+            {"conditions": {"ready": is_ready}, "targetRef": {"kind": "Pod", "name": name.replace("_", "-")}}
+            for name, is_ready in ready.items()
+        ],
+    }  # fmt: skip
+
+
+def service(name: str, address: str) -> dict[str, Any]:
+    return {"metadata": {"name": name}, "spec": {"clusterIP": address}}
+
+
+def test_the_mesh_is_what_pods_slices_and_services_say() -> None:
+    found = k8s.mesh_state(
+        "m", "n", PAIR,
+        [
+            app_pod("b-1", revision="3"),
+            app_pod("b-2", deletionTimestamp="2026-01-01T00:00:00Z"),
+            app_pod("b-3", ip=""),
+            {**app_pod("b-4"), "status": {"phase": "Failed"}},
+            app_pod("x-1", service="other"),
+        ],
+        [endpoints("service-b", b_1=True, b_2=True, b_3=False), endpoints("service-a", b_3=True)],
+        [service("service-a", "10.96.0.1"), service("service-b", "None"), service("other", "10.96.0.9")],
+    )  # fmt: skip
+    by_id = {one.id: one for one in found.instances}
+    assert set(by_id) == {"b-1", "b-2", "b-3"}
+    assert (by_id["b-1"].ready, by_id["b-1"].revision, by_id["b-1"].host) == (True, 3, "10.0.0.1")
+    # Its endpoint is still there, but it is going: it gets no more traffic, and nobody judges it.
+    assert (by_id["b-2"].ready, by_id["b-2"].leaving) == (False, True)
+    assert (by_id["b-3"].ready, by_id["b-3"].host) == (False, "")
+    assert found.addresses == {"service-a": "10.96.0.1"}
+    assert by_id["b-1"].inbound_port == by_id["b-1"].app_port == 5000
+
+
+# -- tokens ------------------------------------------------------------------------------------------------
+
+
+class _Pods:
+    def pod(self, name: str) -> dict[str, Any] | None:
+        return {"metadata": {"name": name, "uid": f"uid-{name}"}} if name.startswith("b-") else None
+
+
+REVIEWS = "post /apis/authentication.k8s.io/v1/tokenreviews"
+MESH = MeshState(
+    mesh="m", namespace="n", app=PAIR,
+    instances=k8s.mesh_state("m", "n", PAIR, [app_pod("b-1"), app_pod("b-2")], [], []).instances,
+)  # fmt: skip
+
+
+def review(
+    pod_name: str = "b-1",
+    *,
+    user: str = "system:serviceaccount:n:service-b",
+    uid: str = "",
+    audience: str = "meshdemo",
+) -> dict[str, Any]:
+    extra = {
+        "authentication.kubernetes.io/pod-name": [pod_name],
+        "authentication.kubernetes.io/pod-uid": [uid or f"uid-{pod_name}"],
+    }
+    return {
+        "status": {"authenticated": True, "audiences": [audience], "user": {"username": user, "extra": extra}}
+    }
+
+
+def whose(server: ApiServer, token: str, reviews: k8s.TokenReviews | None = None) -> str | None:
+    reviews = reviews or k8s.TokenReviews(server.cluster(patience_s=0), _Pods())  # type: ignore[arg-type]
+    found = asyncio.run(reviews.instance(token, MESH))
+    return found.id if found else None
+
+
+def test_a_token_proves_its_pod(server: ApiServer) -> None:
+    server.answer(REVIEWS, review())
+    assert whose(server, "t") == "b-1"
+    (request,) = server.requests("post")
+    assert request.data["spec"] == {"token": "t", "audiences": ["meshdemo"]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": {"authenticated": False}},
+        review(audience="https://kubernetes.default.svc"),
+        review(uid="of-a-pod-of-the-same-name-before"),
+        review("gone-1"),
+        review(user="system:serviceaccount:n:default"),  # whoever labels a pod service-b is not yet service-b
+        review(user="system:serviceaccount:other:service-b"),
+        {"status": {"authenticated": True, "audiences": ["meshdemo"], "user": {"username": "eve"}}},
+    ],
+)
+def test_no_other_token_proves_anything(server: ApiServer, answer: dict[str, Any]) -> None:
+    server.answer(REVIEWS, answer)
+    assert whose(server, "t") is None
+
+
+def test_a_token_that_is_none_is_refused(server: ApiServer) -> None:
+    assert whose(server, "") is None
+    assert not server.requests("post")
+    server.answer(REVIEWS, Refusal(400, "BadRequest", "token is required"))
+    assert whose(server, "?") is None
+
+
+def test_a_review_holds_for_a_while_and_outlives_an_absent_server(server: ApiServer) -> None:
+    server.answer(REVIEWS, review(), times=1)
+    server.answer(REVIEWS, status=503)
+    reviews = k8s.TokenReviews(server.cluster(patience_s=0), _Pods(), holds_s=0.3)  # type: ignore[arg-type]
+    assert [whose(server, "t", reviews) for _ in range(3)] == ["b-1"] * 3
+    assert len(server.requests("post")) == 1
+    time.sleep(0.35)
+    assert whose(server, "t", reviews) == "b-1"  # asked again, and nobody answered
+    assert len(server.requests("post")) == 2
+    assert whose(server, "unknown", reviews) is None
+
+
+# -- what is kept ------------------------------------------------------------------------------------------
+
+
+class Stored:
+    """A ConfigMap (or Secret) with the optimistic concurrency of the real thing."""
+
+    def __init__(self, server: ApiServer, name: str, *, secret: bool = False) -> None:
+        self.object: dict[str, Any] = {"metadata": {"name": name, "resourceVersion": "1"}}
+        self.writes = 0
+        path = f"/api/v1/namespaces/n/{'secrets' if secret else 'configmaps'}/{name}"
+        server.answer(f"get {path}", lambda: self.object)
+        server.answer(f"patch {path}", self.patch)
+
+    def patch(self, request: kmock.Request) -> Any:
+        body = request.data
+        expected = body.get("metadata", {}).get("resourceVersion")
+        if expected is not None and expected != self.object["metadata"]["resourceVersion"]:
+            return Refusal(409, "Conflict", "the object has been modified")
+        self.write({key: value for key, value in body.items() if key != "metadata"})
+        return self.object
+
+    def write(self, changes: dict[str, Any]) -> None:
+        self.writes += 1
+        version = str(int(self.object["metadata"]["resourceVersion"]) + 1)
+        merged = {**self.object, "metadata": {**self.object["metadata"], "resourceVersion": version}}
+        for field, values in changes.items():
+            both = {**merged.get(field, {}), **values}
+            merged[field] = {key: value for key, value in both.items() if value is not None}
+        self.object = merged
+
+
+def test_the_intent_survives_and_two_writers_cannot_overwrite_each_other(server: ApiServer) -> None:
+    stored = Stored(server, "meshdemo-intent")
+    one, two = (k8s.IntentMap(server.cluster(), "n") for _ in range(2))
+    assert one.load() == two.load() == Intent()
+    changed = Intent(revision=2, access={"a>b": True})
+    one.save(changed)
+    with pytest.raises(Failed, match="changed by somebody else"):
+        two.save(Intent(revision=2))
+    assert two.load() == changed
+    two.save(Intent(revision=3))
+    assert Intent.model_validate_json(stored.object["data"]["intent.json"]).revision == 3
+
+
+def test_an_intent_that_is_none_is_told(server: ApiServer) -> None:
+    Stored(server, "meshdemo-intent").write({"data": {"intent.json": '{"revision": "x"}'}})
+    with pytest.raises(Failed, match="does not hold an intent"):
+        k8s.IntentMap(server.cluster(), "n").load()
+
+
+def test_files_are_carried_back_and_found_again(server: ApiServer, tmp_path: Path) -> None:
+    stored = Stored(server, "meshdemo-ca", secret=True)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+
+    def keeper(folder: Path) -> k8s.Keeper:
+        return k8s.Keeper(
+            server.cluster(), "Secret", "meshdemo-ca", "n", folder, ("ca.pem", "next.pem"), at_most=100
+        )
+
+    kept = keeper(first)
+    kept.restore()
+    assert not list(first.iterdir())
+    (first / "ca.pem").write_bytes(b"root")
+    (first / "next.pem").write_bytes(b"".join(b"line %d\n" % n for n in range(30)))
+    assert kept.save()
+    assert not kept.save()  # nothing has changed since
+    assert stored.writes == 1
+    (first / "ca.pem").write_bytes(b"root 2")
+    assert kept.save()
+    keeper(second).restore()
+    assert (second / "ca.pem").read_bytes() == b"root 2"
+    cut = (second / "next.pem").read_bytes()
+    assert cut.startswith(b"line ") and cut.endswith(b"line 29\n") and len(cut) <= 100
+    (first / "next.pem").unlink()
+    assert kept.save()
+    assert "next.pem.gz" not in stored.object["data"]
+
+
+def test_a_spec_is_changed_on_top_of_what_others_made_of_it(server: ApiServer) -> None:
+    stored = Stored(server, "meshdemo-spec")
+    specs = SpecMap(server.cluster(), "m", "n")
+    assert specs.find() is None
+    with pytest.raises(Missing, match="no mesh 'm'"):
+        specs.load()
+    specs.store(wanted(UpOptions(name="m", app=PAIR), None, now=1.0))
+    others = iter([7.0])
+
+    def change(spec: Any) -> Any:
+        if rate := next(others, None):  # somebody is faster, the first time
+            SpecMap(server.cluster(), "m", "n").change(lambda s: s.model_copy(update={"rps": rate}))
+        return spec.model_copy(update={"cwd": "/changed"})
+
+    assert specs.change(change).rps == 7.0
+    assert json.loads(stored.object["data"]["spec.json"])["cwd"] == "/changed"
+
+
+# -- applying and waiting ----------------------------------------------------------------------------------
+
+
+def deployment(
+    name: str = "service-b-v1",
+    *,
+    wanted: int = 2,
+    updated: int = 2,
+    ready: int = 2,
+    all_: int = 2,
+    **status_fields: Any,
+) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "namespace": "n", "generation": 4},
+        "spec": {"replicas": wanted, "selector": {"matchLabels": {"app": name}}},
+        "status": {"observedGeneration": 4, "updatedReplicas": updated, "readyReplicas": ready, "replicas": all_, **status_fields},
+    }  # fmt: skip
+
+
+def test_what_is_rolled_out() -> None:
+    assert apply.rolled_out(deployment())
+    assert apply.rolled_out(deployment(wanted=0, updated=0, ready=0, all_=0))
+    assert not apply.rolled_out(deployment(updated=1))
+    assert not apply.rolled_out(deployment(ready=1))
+    assert not apply.rolled_out(deployment(all_=3))  # an old pod is still there
+    assert not apply.rolled_out(deployment(observedGeneration=3))
+
+
+def waiting(container: str, reason: str, message: str = "", **fields: Any) -> dict[str, Any]:
+    state = {"waiting": {"reason": reason, "message": message}}
+    return {"name": container, "state": state, "restartCount": 0, **fields}
+
+
+def listing(*items: Any) -> dict[str, Any]:
+    return {"metadata": {"resourceVersion": "1"}, "items": list(items)}
+
+
+def await_it(
+    server: ApiServer, pod_status: dict[str, Any], *, timeout_s: float = 1.0, **of_deployment: Any
+) -> Failed:
+    server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment(ready=0, **of_deployment)))
+    server.answer(f"get {PODS}", listing({"metadata": {"name": "b-1"}, "status": pod_status}))
+    server.answer(
+        "get /api/v1/namespaces/n/events", listing({"reason": "Failed", "message": "an event's words"})
+    )
+    server.answer(
+        "get /api/v1/nodes", listing({"status": {"conditions": [{"type": "Ready", "status": "True"}]}})
+    )
+    with pytest.raises(Failed) as caught:
+        apply.await_rollout(server.cluster(), "n", ["service-b-v1"], timeout_s=timeout_s)
+    return caught.value
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply, "_GRACE_S", dict.fromkeys(apply._GRACE_S, 0.0))
+
+
+def test_an_image_that_cannot_be_pulled_is_the_reason(server: ApiServer, impatient: None) -> None:
+    failed = await_it(
+        server,
+        {"containerStatuses": [waiting("app", "ImagePullBackOff", 'Back-off pulling "x:1"')]},
+        timeout_s=60,
+    )
+    assert 'b-1 (app): ImagePullBackOff: Back-off pulling "x:1"' in failed.message
+    assert "an event's words" in failed.message
+    assert "--registry" in failed.remedy
+
+
+def test_a_crash_loop_shows_why_and_the_last_lines(server: ApiServer, impatient: None) -> None:
+    server.answer(f"get {PODS}/b-1/log", b"Traceback\nLAT_MS=abc is no number\n")
+    ended = {"terminated": {"exitCode": 3, "reason": "Error"}}
+    failed = await_it(
+        server, {"containerStatuses": [waiting("app", "CrashLoopBackOff", lastState=ended, restartCount=2)]}
+    )
+    assert "b-1 (app): CrashLoopBackOff: Error with exit status 3, 2 times" in failed.message
+    assert "| LAT_MS=abc is no number" in failed.message
+
+
+def test_an_init_container_that_fails_is_the_reason(server: ApiServer, impatient: None) -> None:
+    server.answer(f"get {PODS}/b-1/log", b"iptables-restore: not permitted\n")
+    ended = {"terminated": {"exitCode": 1, "reason": "Error"}}
+    failed = await_it(
+        server, {"initContainerStatuses": [waiting("meshdemo-redirect", "CrashLoopBackOff", lastState=ended)]}
+    )
+    assert "b-1 (meshdemo-redirect)" in failed.message
+    assert "not permitted" in failed.message
+
+
+def test_a_pod_without_room_is_the_reason(server: ApiServer, impatient: None) -> None:
+    said = "0/1 nodes are available: 1 Insufficient memory."
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said}
+    failed = await_it(server, {"conditions": [condition]})
+    assert said in failed.message
+    assert "--replicas" in failed.remedy
+
+
+def test_pods_that_may_not_be_made_are_the_reason(server: ApiServer, impatient: None) -> None:
+    said = 'pods "b-" is forbidden: exceeded quota: compute'
+    failed = await_it(server, {}, conditions=[{"type": "ReplicaFailure", "status": "True", "message": said}])
+    assert said in failed.message
+
+
+def test_without_a_reason_the_time_is_over(server: ApiServer) -> None:
+    failed = await_it(server, {}, timeout_s=0.3)
+    assert "service-b-v1: not ready within 0 s" in failed.message
+    assert "--timeout" in failed.remedy
+
+
+def test_trouble_that_passes_is_none(server: ApiServer) -> None:
+    server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment(ready=1)), times=2)
+    server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment()))
+    pulling = {"metadata": {"name": "b-1"}, "status": {"containerStatuses": [waiting("app", "ErrImagePull")]}}
+    server.answer(f"get {PODS}", listing(pulling))
+    said: list[str] = []
+    apply.await_rollout(server.cluster(), "n", ["service-b-v1"], timeout_s=20, tell=said.append)
+    assert said[0] == "service-b-v1 1/2"
+
+
+NAMESPACE = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "n"}}
+
+
+def test_a_namespace_on_its_way_out_is_waited_for(server: ApiServer) -> None:
+    going = {"metadata": {"name": "n", "deletionTimestamp": "2026-01-01T00:00:00Z"}}
+    server.answer("get /api/v1/namespaces/n", going, times=2)
+    server.answer("get /api/v1/namespaces/n", Refusal(404, "NotFound", "no"))
+    server.answer("patch /api/v1/namespaces/n", NAMESPACE)
+    apply.apply(server.cluster(), [NAMESPACE], timeout_s=20)
+    assert len(server.requests("patch")) == 1
+
+
+def test_a_namespace_that_does_not_go_away_says_why(server: ApiServer) -> None:
+    said = "Some content in the namespace has finalizers remaining: example.com/x in 1 resource instances"
+    server.answer(
+        "get /api/v1/namespaces/n",
+        {
+            "metadata": {"name": "n", "deletionTimestamp": "2026-01-01T00:00:00Z"},
+            "status": {
+                "conditions": [{"type": "NamespaceFinalizersRemaining", "status": "True", "message": said}]
+            },
+        },
+    )
+    with pytest.raises(Failed, match="is being deleted since") as caught:
+        apply.apply(server.cluster(), [NAMESPACE], timeout_s=0.1)
+    assert said in caught.value.message
+
+
+def test_without_the_right_to_make_a_namespace_one_that_is_there_will_do(server: ApiServer) -> None:
+    server.answer("patch /api/v1/namespaces/n", Refusal(403, "Forbidden", "cannot patch namespaces"))
+    server.answer("get /api/v1/namespaces/n", NAMESPACE, times=2)
+    server.answer("get /api/v1/namespaces/n", Refusal(404, "NotFound", "no"))
+    apply.apply(server.cluster(), [NAMESPACE], timeout_s=5)
+    with pytest.raises(Failed, match=r"may not create the namespace 'n'.*cannot patch namespaces") as caught:
+        apply.apply(server.cluster(), [NAMESPACE], timeout_s=5)
+    assert "administrator" in caught.value.remedy
+
+
+def test_autoscalers_are_found_by_what_they_scale(server: ApiServer) -> None:
+    target = {"kind": "Deployment", "name": "service-b-v1"}
+    hpa = {"metadata": {"name": "busy"}, "spec": {"scaleTargetRef": target}}
+    server.answer("get /apis/autoscaling/v2/namespaces/n/horizontalpodautoscalers", listing(hpa), times=1)
+    server.answer(
+        "get /apis/autoscaling/v2/namespaces/n/horizontalpodautoscalers", Refusal(403, "Forbidden", "no")
+    )
+    assert autoscalers(server.cluster(), "n") == {"service-b-v1": "busy"}
+    assert autoscalers(server.cluster(), "n") == {}
+
+
+def test_an_event_is_left_on_what_it_is_about(server: ApiServer) -> None:
+    server.answer("post /api/v1/namespaces/n/events", {})
+    about = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "b-1", "namespace": "n", "uid": "u"}}
+    server.cluster().event(about, "Restarted", "hung: 31 requests wait")
+    (request,) = server.requests("post")
+    assert request.data["involvedObject"] == {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "name": "b-1",
+        "namespace": "n",
+        "uid": "u",
+    }
+    assert (request.data["reason"], request.data["message"]) == ("Restarted", "hung: 31 requests wait")
+
+
+# -- the Lease ---------------------------------------------------------------------------------------------
+
+
+LEASE = "/apis/coordination.k8s.io/v1/namespaces/n/leases"
+
+
+class Leases:
+    """The Lease of the mock, as the API server would keep it."""
+
+    def __init__(self, server: ApiServer, spec: dict[str, Any] | None = None) -> None:
+        self.object = (
+            {"metadata": {"name": "w", "namespace": "n", "resourceVersion": "1"}, "spec": spec}
+            if spec
+            else None
+        )
+        server.answer(f"get {LEASE}/w", self.get)
+        server.answer(f"post {LEASE}", self.create)
+        server.answer(f"put {LEASE}/w", self.replace)
+
+    def get(self) -> Any:
+        return self.object or Refusal(404, "NotFound", "no lease")
+
+    def create(self, request: kmock.Request) -> Any:
+        if self.object:
+            return Refusal(409, "AlreadyExists", "there is one")
+        meta = {**request.data["metadata"], "namespace": "n", "resourceVersion": "1"}
+        self.object = {**request.data, "metadata": meta}
+        return self.object
+
+    def replace(self, request: kmock.Request) -> Any:
+        assert self.object
+        if request.data["metadata"]["resourceVersion"] != self.object["metadata"]["resourceVersion"]:
+            return Refusal(409, "Conflict", "modified")
+        version = str(int(self.object["metadata"]["resourceVersion"]) + 1)
+        self.object = {**request.data, "metadata": {**request.data["metadata"], "resourceVersion": version}}
+        return self.object
+
+
+def test_a_lease_is_held_by_one(server: ApiServer) -> None:
+    kept = Leases(server)
+    with lease.held(server.cluster(), "w", "n", "a watch"):
+        assert kept.object
+        assert "process" in kept.object["spec"]["holderIdentity"]
+        with (
+            pytest.raises(Failed, match=r"a watch runs already: .*process"),
+            lease.held(server.cluster(), "w", "n", "a watch"),
+        ):
+            pass
+    assert kept.object["spec"]["holderIdentity"] == ""
+    with lease.held(server.cluster(), "w", "n", "a watch"):
+        pass
+
+
+def test_a_holder_that_is_gone_loses_its_lease(server: ApiServer) -> None:
+    old = {"holderIdentity": "gone", "leaseDurationSeconds": 15, "renewTime": "2026-01-01T00:00:00.000000Z"}
+    Leases(server, old)
+    with lease.held(server.cluster(), "w", "n", "a watch"):
+        pass
+
+
+def test_a_lease_that_was_taken_away_interrupts(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Leases(server)
+    monkeypatch.setattr(lease, "_RENEW_S", 0.05)
+    with pytest.raises(KeyboardInterrupt), lease.held(server.cluster(), "w", "n", "a watch"):
+        assert kept.object
+        kept.object["metadata"]["resourceVersion"] = "99"  # somebody else has it now
+        for _ in range(400):
+            time.sleep(0.05)
+
+
+def test_tokens_and_roots_are_packed_as_secrets_hold_them() -> None:
+    import gzip
+
+    assert gzip.decompress(base64.b64decode(k8s.pack(b"root"))) == b"root"
+    assert k8s.pack(b"root") == k8s.pack(b"root")  # no time in it: equal content is no change
