@@ -331,7 +331,8 @@ class Discovery:
         if affected:
             self._pushes.add(push)
             try:
-                await asyncio.wait_for(push.done.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await push.done.wait()
             except TimeoutError:
                 for stream in push.pending:
                     stream.lagging = True

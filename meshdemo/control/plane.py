@@ -348,7 +348,8 @@ class ControlPlane:
             ends = [fault.expires_at for fault in self._intent.faults if fault.expires_at is not None]
             wait_s = max(0.0, min(ends) - self._clock()) if ends else None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._intent_changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._intent_changed.wait()
                 continue
             over = [
                 f for f in self._intent.faults if f.expires_at is not None and f.expires_at <= self._clock()
