@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from meshdemo.control.model import Fault
 from meshdemo.control.signals import Histogram, Sample, merge
@@ -28,7 +28,7 @@ from meshdemo.remediation.view import (
 )
 
 WINDOW_S = 10.0
-_TREND_S = 120
+_TREND_S = 60
 _LOG_LINES = 200
 
 
@@ -39,6 +39,13 @@ class _Second:
     requests: int = 0
     bad: int = 0
     latency: list[Histogram] = field(default_factory=list)
+    _known: tuple[int, float | None] = (0, None)  # p95 of so many histograms
+
+    def p95_ms(self) -> float | None:
+        """Worked out once, not with every view that shows it."""
+        if self._known[0] != len(self.latency):
+            self._known = (len(self.latency), merge(self.latency).quantile_ms(0.95))
+        return self._known[1]
 
 
 class Board:
@@ -57,12 +64,14 @@ class Board:
         self._fault_words = fault_words
         self._started_at = 0.0
         self._recent: dict[str, deque[Sample]] = {}
+        self._members: dict[str, set[str]] = {}  # service -> instances
         self._trends: dict[str, deque[tuple[int, _Second]]] = {}
         self._log: deque[LogLine] = deque(maxlen=_LOG_LINES)
 
     def add(self, samples: Iterable[Sample]) -> None:
         """Take in exports."""
         for sample in samples:
+            self._members.setdefault(sample.service, set()).add(sample.instance)
             recent = self._recent.setdefault(sample.instance, deque())
             recent.append(sample)
             while recent[0].end <= sample.end - WINDOW_S:
@@ -99,6 +108,8 @@ class Board:
         services = {one.service for one in there.values()}
         for name in [name for name in self._recent if name not in there]:
             del self._recent[name]
+        for members in self._members.values():
+            members.intersection_update(there)
         for name in [name for name in self._trends if name not in there and name not in services]:
             del self._trends[name]
 
@@ -113,6 +124,7 @@ class Board:
         services = sorted({one.service for one in seen.values()})
         incidents = [*sorted(core.open.values(), key=lambda one: -one.opened_at), *reversed(core.past)]
         doing, why = self._doing()
+        refused = self._refused()
         return WatchView(
             mesh=self._mesh,
             runtime=self._runtime,
@@ -123,7 +135,7 @@ class Board:
             connected=connected,
             doing=doing,
             why=why,
-            services=tuple(self._service(name, now) for name in services),
+            services=tuple(self._service(name, now, refused) for name in services),
             incidents=tuple(_incident(incident) for incident in incidents),
             log=tuple(self._log),
             actions_used=core.guard.used(now),
@@ -146,15 +158,24 @@ class Board:
             p95_ms=latency.quantile_ms(0.95),
             p99_ms=latency.quantile_ms(0.99),
             overdue=sum(sample.overdue for sample in newest.values()),
-            refused=sum(cell.refused for sample in samples for cell in sample.cells if cell.inbound),
         )
 
     def service_numbers(self, service: str) -> Numbers:
-        """Signals of a service over the last seconds, with what its callers' breakers refused."""
-        own = [s for recent in self._recent.values() for s in recent if s.service == service]
-        return self.numbers(own)
+        """Signals of a service over the last seconds."""
+        names = self._members.get(service, ())
+        return self.numbers([sample for name in names for sample in self._recent.get(name, ())])
 
-    def _service(self, name: str, now: float) -> ServiceView:
+    def _refused(self) -> Counter[str]:
+        """By service: requests that the breakers of its callers' sidecars refused."""
+        refused: Counter[str] = Counter()
+        for recent in self._recent.values():
+            for sample in recent:
+                for cell in sample.cells:
+                    if cell.refused:
+                        refused[cell.peer] += cell.refused
+        return refused
+
+    def _service(self, name: str, now: float, refused: Counter[str]) -> ServiceView:
         core = self._core
         incident = core.open.get(name)
         rules = core.situation.intent.traffic.get(name)
@@ -165,7 +186,7 @@ class Board:
         return ServiceView(
             name=name,
             health=_health(incident) if incident else health,
-            numbers=self.service_numbers(name),
+            numbers=replace(self.service_numbers(name), refused=refused[name]),
             trend=self._trend(name, now),
             instances=tuple(self._instance(one, incident, now) for one in core.situation.of_service(name)),
             objectives=objectives,
@@ -201,7 +222,7 @@ class Board:
                 None if one is None or not one.requests else min(1.0, one.bad / one.requests)
                 for one in seconds
             ),
-            p95_ms=tuple(None if one is None else merge(one.latency).quantile_ms(0.95) for one in seconds),
+            p95_ms=tuple(None if one is None else one.p95_ms() for one in seconds),
         )
 
     def _objective(self, objective: Objective, service: str, now: float) -> ObjectiveView:

@@ -35,7 +35,7 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """One value a second, oldest first, for sparklines (at most the last 120 s). None: no report."""
+    """One value a second, oldest first, for sparklines (at most the last minute). None: no report."""
 
     rps: tuple[float | None, ...] = ()
     bad_share: tuple[float | None, ...] = ()  # failed or too slow for an objective, 0..1
