@@ -16,6 +16,7 @@ from simmesh import Run, SimMesh
 
 from meshdemo.cli.main import run as run_command
 from meshdemo.control.model import Effect, Fault, Instance, Intent, Traffic, WorkloadRevision
+from meshdemo.control.signals import Sample
 from meshdemo.errors import BadInput, Failed
 from meshdemo.remediation import choose, policytest, recording
 from meshdemo.remediation.board import Board
@@ -23,6 +24,7 @@ from meshdemo.remediation.choose import Plan, Senseless
 from meshdemo.remediation.core import Action, Core
 from meshdemo.remediation.events import Event
 from meshdemo.remediation.guardrails import Guard
+from meshdemo.remediation.judge import Measure, ObjectiveJudge
 from meshdemo.remediation.localise import Location
 from meshdemo.remediation.notify import Notifier, wants
 from meshdemo.remediation.policy import (
@@ -85,12 +87,39 @@ def test_remedies_that_make_no_sense_are_passed_over_with_a_reason() -> None:
     assert "the most" in reason(Scale(add=1, max=2), ALL, known)
 
 
+def proven(known: Situation, *versions: str) -> Situation:
+    """Their first revisions have met their objectives."""
+    judge = ObjectiveJudge(POLICY.objectives[0], "b")
+    for version in versions:
+        for second in range(5):
+            sample = Sample(f"x-{version}", "b", version, 1, second, second + 1)
+            known.revisions.add(sample, [(judge, Measure(100, 0))])
+    return known
+
+
 def test_a_shift_keeps_the_proportions_of_the_others() -> None:
     rows = [*TWO, ("b-3", "v2", True, False), ("b-4", "v3", True, False)]
     place = Location("version", "v3", ("b-4",), ("v3",))
     split = {"b": Traffic(split={"v1": 30, "v2": 10, "v3": 60})}
-    assert plan(ShiftAway(), place, situation(*rows, traffic=split)).split == {"v1": 75, "v2": 25, "v3": 0}
-    assert plan(ShiftAway(), place, situation(*rows)).split == {"v1": 67, "v2": 33, "v3": 0}
+    known = proven(situation(*rows, traffic=split), "v1", "v2")
+    assert plan(ShiftAway(), place, known).split == {"v1": 75, "v2": 25, "v3": 0}
+    known = proven(situation(*rows), "v1", "v2")
+    assert plan(ShiftAway(), place, known).split == {"v1": 67, "v2": 33, "v3": 0}
+
+
+def test_no_shift_to_a_version_that_nobody_has_seen_work() -> None:
+    rows = [*TWO, ("b-3", "v2", True, False)]
+    place = Location("version", "v1", ("b-1",), ("v1",))
+    assert "known to meet" in reason(ShiftAway(), place, situation(*rows))
+
+
+def test_no_shift_to_too_few_instances() -> None:
+    known = proven(situation(*TWO, ("b-3", "v2", True, False)), "v1", "v2")
+    to_one = plan(ShiftAway(), Location("version", "v1", ("b-1", "b-2"), ("v1",)), known)
+    blocked = guard().check(to_one, known, 0)
+    assert blocked is not None and "1 of 3" in blocked.reason
+    to_two = plan(ShiftAway(), Location("version", "v2", ("b-3",), ("v2",)), known)
+    assert guard().check(to_two, known, 0) is None
 
 
 def test_scaling_stops_at_its_limit() -> None:

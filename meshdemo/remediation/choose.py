@@ -119,10 +119,14 @@ def _clear_fault(service: str, place: Location, situation: Situation) -> Plan | 
 def _shift_away(service: str, place: Location, situation: Situation) -> Plan | Senseless:
     if place.scope != "version":
         return Senseless(f"the cause is no version but {place.scope} {place.target}")
-    in_service = [one for one in situation.of_service(service) if one.in_service]
+    in_service = [
+        one
+        for one in situation.of_service(service)
+        if one.in_service and situation.revisions.met(service, one.version, one.revision)
+    ]
     others = sorted({one.version for one in in_service} - set(place.versions))
     if not others:
-        return Senseless("there is no other version to take the traffic")
+        return Senseless("there is no other version that is known to meet its objectives")
     rules = situation.intent.traffic.get(service)
     weights = {version: rules.split.get(version, 0) for version in others} if rules else {}
     if not any(weights.values()):

@@ -299,9 +299,8 @@ class Watch:
         end = time.monotonic() + _FINISH_S
         while self._running and time.monotonic() < end:
             time.sleep(0.02)
-        while not self._results.empty():
-            self._core.done(self._results.get())
-        for event in self._core.step(self._clock()).events:
+        results = [self._results.get() for _ in range(self._results.qsize())]
+        for event in self._core.finish(self._clock(), results):
             self._say(event)
         self.outcome.open = sorted(self._core.open)
         intent = self._fresh_intent() or self._intent

@@ -95,6 +95,7 @@ class Core:
         self._actions: list[Action] = []
         self._probation: dict[str, _Probation] = {}
         self._times_ejected: dict[str, int] = {}
+        self._ending = False
 
     @property
     def now(self) -> float:
@@ -146,6 +147,14 @@ class Core:
             if incident.action == result.action:
                 self._conclude(incident, result)
                 return
+
+    def finish(self, now: float, results: Sequence[Result]) -> list[Event]:
+        """Watch ends: what came of the last actions. Nothing more is decided."""
+        self.observer.now = self._tell.now = max(self.now, now)
+        self._ending = True
+        for result in results:
+            self.done(result)
+        return self._tell.take()
 
     def step(self, now: float) -> Step:
         """Decide on what has been observed. `now`: seconds by the control plane's clock."""
@@ -340,6 +349,8 @@ class Core:
 
     def _choose(self, incident: Incident) -> None:
         """Start the next remedy that makes sense and is allowed; say so if there is none."""
+        if self._ending:
+            return
         rule, place = incident.rule, incident.place
         if place is None or rule is None:
             scope = place.scope if place else "unknown"

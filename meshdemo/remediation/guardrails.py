@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshdemo.remediation.choose import Plan
 from meshdemo.remediation.policy import Guardrails
-from meshdemo.remediation.situation import Situation
+from meshdemo.remediation.situation import Seen, Situation
 
 _HARMLESS = frozenset({"wait", "notify", "readmit"})
 
@@ -62,10 +63,12 @@ class Guard:
 
     def _capacity(self, plan: Plan, situation: Situation) -> Blocked | None:
         """Would too few instances stay in load balancing?"""
-        if plan.kind not in ("eject", "restart"):
+        if plan.kind not in ("eject", "restart", "shift-away"):
             return None
         all_of_it = situation.of_service(plan.service)
         serving = [one for one in all_of_it if one.in_service]
+        if plan.kind == "shift-away":
+            return self._capacity_of_others(plan, serving)
         # Several are restarted one after the other; one that does not serve costs nothing.
         leaving = [one for one in serving if one.id in plan.instances][:1]
         if not leaving:
@@ -86,3 +89,14 @@ class Guard:
             if split is not None and split.split.get(version, 0) > 0:
                 return Blocked(f"{leaving[0].id} is the last of {version}, which has a share of the traffic")
         return None
+
+    def _capacity_of_others(self, plan: Plan, serving: Sequence[Seen]) -> Blocked | None:
+        """Could those that get the traffic carry it?"""
+        stay = sum(plan.split.get(one.version, 0) > 0 for one in serving)
+        needed = math.ceil(self._limits.min_in_service * len(serving) - 1e-9)
+        if stay >= needed:
+            return None
+        return Blocked(
+            f"{stay} of {len(serving)} instances of {plan.service} would have to carry all its traffic, and "
+            f"{needed} must"
+        )
