@@ -68,6 +68,14 @@ def command(
         bool,
         typer.Option("--observability/--no-observability", help="Prometheus and Grafana (kind, kubernetes)."),
     ] = True,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--otlp-endpoint",
+            metavar="URL",
+            help="Where sidecars send their spans (OpenTelemetry, gRPC: http://HOST:4317); off: nowhere.",
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", help="Give up after so long.")
     ] = 300.0,
@@ -89,6 +97,11 @@ def command(
     if not timeout > 0:
         raise BadInput(f"--timeout {timeout:g}: a time-out is more than zero (seconds)")
 
+    if otlp_endpoint not in (None, "off"):
+        from meshdemo.control.intent import trace_endpoint
+
+        trace_endpoint(otlp_endpoint)  # before anything is started
+
     where, why = choose(runtime, frame.name)
     definition, folder = _app(app, where)
     options = UpOptions(
@@ -104,6 +117,8 @@ def command(
         frame.stderr.print(f"Mesh '{frame.name}' on the {where.kind} runtime ({why}), app {definition.name}")
     with _context.stoppable():
         seconds = run_steps(steps, frame.stderr if frame.chatty else None)
+    if otlp_endpoint is not None:
+        where.control().set_traces(None if otlp_endpoint == "off" else otlp_endpoint)
     if frame.verbose:
         for title, took in seconds.items():
             frame.stderr.print(f"{took:6.2f} s  {title}")

@@ -382,6 +382,10 @@ class _AccessBody(_Body):
     allowed: bool
 
 
+class _TracesBody(_Body):
+    endpoint: str | None
+
+
 class _EjectBody(_Body):
     instance: str
     reason: str = ""
@@ -532,6 +536,14 @@ def set_traffic(service: str) -> Response:
     rules = mesh.intent.traffic.get(service, Traffic())
     mesh.record({"event": "traffic", "service": service, "changes": changes})
     return jsonify({"traffic": rules.model_dump(mode="json"), **_effect(effect)})
+
+
+@api.put("/v1/traces")
+def set_traces() -> Response:
+    mesh, asked = control(), _body(_TracesBody)
+    effect = mesh.change(lambda intent, _: intents.set_traces(intent, asked.endpoint))
+    mesh.record({"event": "traces", "endpoint": mesh.intent.traces})
+    return jsonify({"endpoint": mesh.intent.traces, **_effect(effect)})
 
 
 @api.get("/v1/access")

@@ -320,6 +320,12 @@ class ControlClient:
         """Set the rate of every instance that makes load (requests/s each); it outlives their restarts."""
         self._call("PUT", "/v1/load", body={"rps": rps})
 
+    # -- traces
+
+    def set_traces(self, endpoint: str | None) -> Effect:
+        """Have all sidecars send their spans to an OTLP collector (`http://HOST:PORT`, gRPC); None: stop."""
+        return self._effect("PUT", "/v1/traces", {"endpoint": endpoint})
+
     # -- objectives
 
     def say_objectives(self, rows: Sequence[Mapping[str, Any]]) -> None:

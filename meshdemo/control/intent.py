@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -321,6 +322,36 @@ def set_load(intent: Intent, mesh: MeshState, rps: Any) -> Intent:
     if not any(service.load for service in mesh.app.services.values()):
         raise BadInput(f"no service of the app '{mesh.app.name}' makes load", "mark one with `load: true`")
     return _next(intent, load_rps=rate)
+
+
+# -- traces -----------------------------------------------------------------------------------------------
+
+
+def trace_endpoint(text: Any) -> str:
+    """HOST:PORT of an OTLP collector that is given as such, or as a URL.
+
+    Raises:
+        BadInput: it is neither, or wants TLS.
+    """
+    parts = urlsplit(text if isinstance(text, str) and "://" in text else f"http://{text}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if parts.scheme not in ("http", "grpc") or not host or not port or parts.path.strip("/") or parts.query:
+        raise BadInput(
+            f"OTLP endpoint '{text}' is not http://HOST:PORT", "sidecars send spans over gRPC, without TLS"
+        )
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def set_traces(intent: Intent, endpoint: str | None) -> Intent:
+    """The intent with spans going to another collector; None: to nobody.
+
+    Raises:
+        BadInput: an endpoint that makes no sense.
+    """
+    return _next(intent, traces=None if endpoint is None else trace_endpoint(endpoint))
 
 
 # -- checks -----------------------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ class Intent(_Value):
     load_rps: float | None = Field(
         default=None, description="requests/s of each instance that makes load; None: what it starts with"
     )
+    traces: str | None = Field(default=None, description="HOST:PORT of the OTLP collector that gets spans")
 
 
 class Effect(_Value):

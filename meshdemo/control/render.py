@@ -21,6 +21,7 @@ from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.config.route.v3.route_components_pb2 import VirtualHost
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
+from envoy.config.trace.v3 import opentelemetry_pb2 as _tracer
 from envoy.extensions.access_loggers.grpc.v3 import als_pb2 as _als
 from envoy.extensions.access_loggers.stats.v3 import stats_pb2 as _stats
 from envoy.extensions.filters.http.fault.v3 import fault_pb2 as _fault
@@ -49,7 +50,7 @@ from meshdemo.resources import TEMPLATES
 # A message that a `typed_config` names must be known to protobuf; importing its module makes it known.
 _KNOWN = (
     _als, _stats, _fault, _rbac, _router, _hcm, _network_rbac, _tcp_proxy, _previous_hosts, _tls,
-    _http_options,
+    _http_options, _tracer,
 )  # fmt: skip
 
 OTHER = "other"
@@ -200,10 +201,10 @@ class Renderer:
         splits, versions = _serving(mesh, traffic, {ejection.instance for ejection in intent.ejections})
         shared = _Shared(
             runtime=self._bundle(xds.RUNTIME, [self._made("runtime", Runtime, tap=tap)]),
-            clusters=self._clusters(mesh, versions, traffic),
+            clusters=self._clusters(mesh, versions, traffic, intent.traces),
             endpoints=self._endpoints(versions),
             outbound=self._outbound(mesh, splits, traffic),
-            listeners=self._captured_listeners(mesh, splits) if mesh.addresses else (),
+            listeners=self._captured_listeners(mesh, splits, intent.traces) if mesh.addresses else (),
         )
         allowed = callers(intent, mesh)
         services = {
@@ -212,6 +213,7 @@ class Renderer:
                 service,
                 tuple(allowed.get(name, ())),
                 tuple(fault for fault in intent.faults if fault.at == "mesh" and fault.service == name),
+                None if intent.traces is None else name,
             )
             for name, service in mesh.app.services.items()
         }
@@ -247,7 +249,9 @@ class Renderer:
 
     # -- what all sidecars share --------------------------------------------------------------------------
 
-    def _clusters(self, mesh: MeshState, versions: _Versions, traffic: Mapping[str, Traffic]) -> xds.Bundle:
+    def _clusters(
+        self, mesh: MeshState, versions: _Versions, traffic: Mapping[str, Traffic], traces: str | None
+    ) -> xds.Bundle:
         return self._bundle(
             xds.CLUSTERS,
             [
@@ -255,8 +259,13 @@ class Renderer:
                 for name, of in versions.items()
                 for version in of
             ]
-            + ([self._made("passthrough", Cluster)] if mesh.addresses else []),
+            + ([self._made("passthrough", Cluster)] if mesh.addresses else [])
+            + ([self._collector(traces)] if traces is not None else []),
         )
+
+    def _collector(self, traces: str) -> _Made[Cluster]:
+        host, _, port = traces.rpartition(":")
+        return self._made("traces", Cluster, host=host.strip("[]"), port=int(port))
 
     def _cluster(self, mesh: MeshState, name: str, version: str, traffic: Traffic) -> _Made[Cluster]:
         service = mesh.app.services[name]
@@ -318,9 +327,13 @@ class Renderer:
         return self._once(("outbound", host), lambda: _Made(captured.routes(host.message)))
 
     def _captured_listeners(
-        self, mesh: MeshState, splits: Mapping[str, Mapping[str, int]]
+        self, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traces: str | None
     ) -> tuple[xds.Bundle, ...]:
-        """The listeners of pods whose traffic is redirected that are the same in each of them."""
+        """The listeners of pods whose traffic is redirected that are the same in each of them.
+
+        Being the same, they cannot say in a span whose it is; the span of the called service does.
+        """
+        traced = None if traces is None else "sidecar"
         frame = self._made("captured_outbound", Listener, port=captured.OUTBOUND_PORT)
         chains = []
         for name, service in mesh.app.services.items():
@@ -328,7 +341,9 @@ class Renderer:
                 if service.protocol == "tcp":
                     chain = self._made("captured_tcp", Listener, service=name, split=splits[name])
                 else:
-                    chain = self._made("listener_outbound", Listener, routes=f"outbound/{name}")
+                    chain = self._made(
+                        "listener_outbound", Listener, routes=f"outbound/{name}", traced=traced
+                    )
                 chains.append((name, address, service.port, chain))
         outbound = self._once(
             ("captured outbound", frame, *chains),
@@ -337,7 +352,7 @@ class Renderer:
             ),
         )
         ready = self._made("listener_ready", Listener, port=captured.READY_PORT)
-        by_name = self._made("listener_outbound", Listener, routes="outbound")
+        by_name = self._made("listener_outbound", Listener, routes="outbound", traced=traced)
         proxy = self._once(("captured proxy", by_name), lambda: _Made(captured.proxy(by_name.message)))
         # One bundle each: what changes with the services must not have the others sent again.
         return tuple(self._bundle(xds.LISTENERS, [one]) for one in (outbound, proxy, ready))
@@ -366,16 +381,27 @@ class Renderer:
     # -- what the instances of one service share ----------------------------------------------------------
 
     def _service(
-        self, mesh: MeshState, service: Service, allowed: tuple[str, ...], faults: tuple[Fault, ...]
+        self,
+        mesh: MeshState,
+        service: Service,
+        allowed: tuple[str, ...],
+        faults: tuple[Fault, ...],
+        traced: str | None,
     ) -> _ServiceParts:
-        """`allowed`: the services that may call; `faults`: those in the sidecars of this service."""
+        """`allowed`: the services that may call; `faults`: those in the sidecars of this service; `traced`:
+        what it is called in spans, None for no spans."""
         return self._once(
-            ("service", _Is(service), allowed, faults),
-            lambda: self._service_parts(mesh, service, allowed, faults),
+            ("service", _Is(service), allowed, faults, traced),
+            lambda: self._service_parts(mesh, service, allowed, faults, traced),
         )
 
     def _service_parts(
-        self, mesh: MeshState, service: Service, allowed: tuple[str, ...], faults: tuple[Fault, ...]
+        self,
+        mesh: MeshState,
+        service: Service,
+        allowed: tuple[str, ...],
+        faults: tuple[Fault, ...],
+        traced: str | None,
     ) -> _ServiceParts:
         def identity(name: str) -> str:
             return spiffe_id(mesh.mesh, mesh.namespace, name)
@@ -394,8 +420,9 @@ class Renderer:
                     protocol=service.protocol,
                     trust_domain=trust_domain(mesh.mesh),
                     access=rules if service.protocol == "tcp" else None,
+                    traced=traced,
                 ),
-                self._made("listener_outbound", Listener, routes="outbound"),
+                self._made("listener_outbound", Listener, routes="outbound", traced=traced),
                 self._made("listener_plain", Listener, open_paths=open_paths(service)),
             ),
             inbound={},
