@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from simmesh import Caller, Run, SimMesh
 
 from meshdemo.control.model import Fault
-from meshdemo.remediation.core import Core
+from meshdemo.control.signals import Cell, Histogram, Sample, bucket
+from meshdemo.remediation.core import Core, Result
 from meshdemo.remediation.policy import Policy, check, load
 from meshdemo.resources import DEFAULT_POLICY
 
@@ -174,7 +175,9 @@ def test_a_service_that_suffers_from_one_that_it_calls_is_left_alone() -> None:
     run.mesh.tick = tick_with_calls  # type: ignore[method-assign]
     run.run(10)
     assert (run.of("localised")[0].scope, run.of("localised")[0].target) == ("dependency", "storage")
+    run.run(30)
     assert not run.actions
+    assert "storage is to blame" in run.of("gave_up")[0].text
 
 
 # -- time, and what mends itself ------------------------------------------------------------------------------
@@ -421,3 +424,67 @@ def _make(run: Run, trouble: str, name: str) -> None:
             mesh.broken.clear()
             mesh.faults.clear()
             run.fail = lambda _: False
+
+
+# -- a service and one that it calls ------------------------------------------------------------------------
+
+
+class Chain:
+    """web calls voting; both export once a second, voting first. Policy: the default one."""
+
+    def __init__(self) -> None:
+        self.core = Core(POLICY)
+        self.now = 0.0
+        self.stuck = 0
+        self.events: list[Any] = []
+        self.actions: list[Any] = []
+
+    def second(self, *, failing: float = 0.0, hung: bool = False) -> None:
+        """One second in which voting fails so often, or answers nothing, and web passes that on."""
+        self.now += 1
+        self.stuck = self.stuck + 60 if hung else 0
+        answered = 0 if hung else 60
+        bad = round(60 * failing)
+        overdue = max(0, self.stuck - 60)
+        for at, service, cells in (
+            (0.0, "voting", [self.cell(True, "web", answered, bad)]),
+            (0.3, "web", [self.cell(True, "bot", answered, bad), self.cell(False, "voting", answered, bad)]),
+        ):
+            end = self.now + at
+            one = Sample(
+                f"{service}-1", service, "v1", 1, end - 1, end, self.stuck, 60, overdue, cells=tuple(cells)
+            )
+            rows = [
+                {"id": f"{name}-1", "service": name, "version": "v1", "revision": 1, "ready": True,
+                 "silent": False, "ejected": False}
+                for name in ("voting", "web")
+            ]  # fmt: skip
+            self.core.observe(end, [one], rows)
+            step = self.core.step(end)
+            self.events += step.events
+            self.actions += step.actions
+
+    @staticmethod
+    def cell(inbound: bool, peer: str, requests: int, bad: int) -> Cell:
+        return Cell(inbound, peer, "r", requests, bad, latency=Histogram({bucket(3.0): requests}))
+
+
+@pytest.mark.parametrize("trouble", [{"failing": 0.9}, {"hung": True}])
+def test_who_waits_for_a_sick_service_is_left_alone_until_that_is_well(trouble: dict[str, Any]) -> None:
+    chain = Chain()
+    for _ in range(10):
+        chain.second()
+    assert not chain.events
+    for _ in range(8):
+        chain.second(**trouble)
+    assert {action.plan.service for action in chain.actions} == {"voting"}
+    places = {
+        event.service: (event.scope, event.target) for event in chain.events if event.event == "localised"
+    }
+    assert places["web"] == ("dependency", "voting")
+    chain.core.done(Result(chain.actions[0].id, True, chain.now + 0.5))
+    for _ in range(12):
+        chain.second()
+    assert not chain.core.open, [event.text for event in chain.events]
+    assert sorted(event.service for event in chain.events if event.event == "healed") == ["voting", "web"]
+    assert len(chain.actions) == 1

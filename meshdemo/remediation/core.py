@@ -263,10 +263,12 @@ class Core:
                 scope=place.scope, service=incident.service, objective=incident.objective, symptom=symptom
             )
             self._tell.localised(incident)
-        if place.scope == "dependency":
-            self._set_waiting(incident, "dependency", self.now + _LOCALISE_MAX_S)
-        else:
+        if place.scope != "dependency":
             self._choose(incident)
+        elif known and place.target not in self.open:
+            self._give_up(incident, f"{place.target} is to blame, and nothing heals it")
+        else:
+            self._set_waiting(incident, "dependency", self.now + _LOCALISE_MAX_S)
 
     def _where(self, incident: Incident) -> Location | None:
         """The place of the trouble; None while it is not clear yet, or when it is over."""
@@ -298,11 +300,8 @@ class Core:
                 return self._down_place(service, down)
             self._set_waiting(incident, "itself", math.inf)
             return None
-        callee = evidence.guilty_callee(
-            observer.recent(service), judge, incident.alarm_at - max(incident.window_s, SHORT_S)
-        )
-        if callee is not None:
-            return Location("dependency", callee, reason=f"its own calls to {callee} are as bad")
+        if (elsewhere := self._dependency(incident, judge)) is not None:
+            return elsewhere
         revisions = {(part.version, part.revision) for part in parts if part.name in place.instances}
         if revisions and revisions <= unproven:
             return place  # a release that never worked: going back is a safe guess, so no time is lost
@@ -310,6 +309,21 @@ class Core:
         if still is False:
             self._set_waiting(incident, "itself", math.inf)
         return place if still else None
+
+    def _dependency(self, incident: Incident, judge: ObjectiveJudge) -> Location | None:
+        """A service that this one calls, if what is bad here comes from there."""
+        recent = self.observer.recent(incident.service)
+        callee = evidence.guilty_callee(recent, judge, incident.alarm_at - max(incident.window_s, SHORT_S))
+        if callee is not None:
+            return Location("dependency", callee, reason=f"its own calls to {callee} are as bad")
+        verdict = incident.again or incident.verdict
+        if verdict is not None and verdict.overdue * 2 >= verdict.bad:
+            # What waits here may wait for somebody there: calls without an answer are in no count yet.
+            for callee in sorted(evidence.callees(recent) & self.open.keys()):
+                return Location(
+                    "dependency", callee, reason=f"it waits, and so does {callee}, which it calls"
+                )
+        return None
 
     def _judge_of(self, incident: Incident) -> ObjectiveJudge:
         judges = self.observer.judges_of(incident.service)
@@ -456,11 +470,11 @@ class Core:
         if incident.waiting_for == "nobody":
             return
         if incident.waiting_for == "dependency":
-            if self.now >= incident.deadline and incident.place is not None:
-                if incident.place.target in self.open:
-                    incident.deadline = self.now + _LOCALISE_MAX_S
-                else:
-                    self._give_up(incident, f"{incident.place.target} is to blame, and nothing heals it")
+            if incident.place is not None and incident.place.target in self.open:
+                # What is bad until the other one is healed says nothing about this one.
+                self._set_waiting(incident, "dependency", self.now + _LOCALISE_MAX_S)
+            elif self.now >= incident.deadline and incident.again is not None:
+                self._localise_again(incident)
         elif incident.again is not None and incident.symptom != "down":
             self._localise_again(incident)  # it seemed to be over, and is not
         elif self.now >= incident.deadline:
@@ -469,10 +483,10 @@ class Core:
     def _set_waiting(self, incident: Incident, what: Waiting, deadline: float) -> None:
         incident.state, incident.waiting_for, incident.deadline = "waiting", what, deadline
         incident.again = None
-        if what == "itself":
+        if what != "nobody":
             # The seconds that raised the alarm must not raise it again.
             for judge in self.observer.judges_of(incident.service):
-                judge.reset(incident.alarm_at)
+                judge.reset(incident.alarm_at if what == "itself" else self.now)
 
     # -- the end ------------------------------------------------------------------------------------------
 

@@ -164,7 +164,7 @@ def guilty_callee(samples: Iterable[Sample], judge: ObjectiveJudge, since: float
             bad = judge.bad_of(cell)
             if cell.inbound:
                 bad_here += bad
-            elif cell.peer:
+            elif cell.peer not in ("", sample.service):
                 count = there.setdefault(cell.peer, [0, 0])
                 count[0] += cell.requests
                 count[1] += bad
@@ -174,6 +174,16 @@ def guilty_callee(samples: Iterable[Sample], judge: ObjectiveJudge, since: float
         if bad_here and bad >= _EXPLAINS * bad_here and stats.exceeds(bad, requests, judge.allowed, 1e-4)
     ]
     return max(guilty)[1] if guilty else None
+
+
+def callees(samples: Iterable[Sample]) -> set[str]:
+    """The services that the instances with these exports have called."""
+    return {
+        cell.peer
+        for sample in samples
+        for cell in sample.cells
+        if not cell.inbound and cell.peer not in ("", sample.service)
+    }
 
 
 def symptom(samples: Iterable[Sample], instances: Sequence[str], since: float, objective: Objective) -> str:
