@@ -21,12 +21,14 @@ Verdict = Literal["met", "missed", "unclear"]
 class Bar:
     """What a figure of ours should be: at most (at least) `limit`, as it is or as a ratio to `against`.
 
-    `of` says whether the median of the rounds or the worst of them counts.
+    `of` says whether the median of the rounds or the worst of them counts; `alternative` which one's, if not
+    ours.
     """
 
     limit: float
     against: str | None = None
     of: Literal["median", "worst"] = "median"
+    alternative: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Figure:
 
     def verdict(self, bar: Bar) -> Verdict | None:
         """Whether ours keeps to a bar; unclear if the bar lies within the middle half of noisy values."""
-        values = list(self.values.get(self.ours, next(iter(self.values.values()))))
+        values = list(self.values.get(bar.alternative or self.ours, next(iter(self.values.values()))))
         if bar.against is not None:
             values = ratios(values, self.values.get(bar.against, ()))
         if not values:
@@ -84,8 +86,9 @@ class Figure:
             rows.append(one)
         bars = [
             {
-                "limit": bar.limit, "against": bar.against, "of": bar.of,
-                "at": "most" if self.better == "lower" else "least", "verdict": self.verdict(bar),
+                "alternative": bar.alternative or self.ours, "limit": bar.limit, "against": bar.against,
+                "of": bar.of, "at": "most" if self.better == "lower" else "least",
+                "verdict": self.verdict(bar),
             }
             for bar in self.bars
         ]  # fmt: skip

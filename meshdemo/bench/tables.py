@@ -71,8 +71,8 @@ def _figures(result: SuiteResult) -> RenderableType:
         for position, name in enumerate(figure.values):
             lies, ratio = figure.spread(name), figure.ratio(name)
             notes = Text()
-            if name == figure.ours or len(figure.values) == 1:
-                for bar in figure.bars:
+            for bar in figure.bars:
+                if name == (bar.alternative or figure.ours) or len(figure.values) == 1:
                     notes.append_text(_verdict(figure, bar))
             if lies.noisy:
                 notes.append("~ noisy", "yellow")

@@ -1,0 +1,222 @@
+"""Simulated sidecars: `python -m meshdemo.bench.sidecars FILE`, a process of its own.
+
+Each has what a real one has towards the control plane: a TLS connection of its own, with a token, an ADS
+stream that asks, ACKs and re-subscribes as Envoy does, and an OTLP export every few seconds. It does nothing
+with its configuration, so a thousand of them fit on a small machine. FILE says where and who (`Crowd`). On
+stdout, a line with the time (monotonic clock, s) whenever all of them are configured that were not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import grpc
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
+from opentelemetry.proto.metrics.v1 import metrics_pb2
+
+from meshdemo.control import xds
+from meshdemo.control.identity import CONTROL_PLANE_NAME, spiffe_id
+from meshdemo.control.signals import BOUNDS_MS
+
+_ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
+_OTLP = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
+
+# As in templates/envoy/bootstrap.yaml.j2: Envoy tries again after a random time of up to this (s).
+_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 1.0
+
+# What a sidecar asks for when it has got what stands before it.
+_NEXT = {
+    xds.RUNTIME: (xds.CLUSTERS,),
+    xds.CLUSTERS: (xds.SECRETS, xds.ENDPOINTS),
+    xds.ENDPOINTS: (xds.LISTENERS,),
+    xds.LISTENERS: (xds.ROUTES,),
+}
+# Of these types the control plane sends something on each new stream; of the others only what has changed.
+_ALWAYS = frozenset((xds.RUNTIME, xds.SECRETS, xds.ENDPOINTS, xds.ROUTES))
+
+
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """Where the control plane is, and who the sidecars are."""
+
+    port: int
+    trust: str  # file with the authority's certificates
+    mesh: str
+    sidecars: Sequence[tuple[str, str, str]]  # instance id, service, token
+    endpoints: Sequence[str]  # names of all clusters of the mesh
+    export_every_s: float
+
+    def write(self, path: Path) -> None:
+        """Store it."""
+        path.write_text(json.dumps(asdict(self)))
+
+
+class _Sidecars:
+    """All of them, and how many are configured."""
+
+    def __init__(self, crowd: Crowd) -> None:
+        self.crowd = crowd
+        self.credentials = grpc.ssl_channel_credentials(Path(crowd.trust).read_bytes())
+        self._configured = 0
+
+    def configured(self, change: int) -> None:
+        """One more is configured, or one less."""
+        self._configured += change
+        if change > 0 and self._configured == len(self.crowd.sidecars):
+            print(time.monotonic(), flush=True)
+
+    async def run(self) -> None:
+        """For ever."""
+        await asyncio.gather(*(_Sidecar(self, *who).run() for who in self.crowd.sidecars))
+
+
+class _Sidecar:
+    """One sidecar."""
+
+    def __init__(self, all_: _Sidecars, instance: str, service: str, token: str) -> None:
+        self._all = all_
+        self._instance = instance
+        self._metadata = (("authorization", f"Bearer {token}"),)
+        options = (
+            ("grpc.ssl_target_name_override", CONTROL_PLANE_NAME),
+            ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
+            ("grpc.initial_reconnect_backoff_ms", round(_BACKOFF_S * 1000)),
+            ("grpc.min_reconnect_backoff_ms", round(_BACKOFF_S * 1000)),
+            ("grpc.max_reconnect_backoff_ms", round(_MOST_BACKOFF_S * 1000)),
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.max_receive_message_length", -1),
+        )
+        self._channel = grpc.aio.secure_channel(f"127.0.0.1:{all_.crowd.port}", all_.credentials, options)
+        self._names: dict[str, Sequence[str]] = {
+            xds.RUNTIME: ("runtime",),
+            xds.SECRETS: ("identity", "trust"),
+            xds.ENDPOINTS: (*all_.crowd.endpoints, "app"),
+            xds.ROUTES: ("outbound", "inbound"),
+        }
+        self._versions: dict[str, str] = {}  # what it has: type -> version
+        self._export = _Export(all_.crowd.mesh, service)
+
+    async def run(self) -> None:
+        """Hold a stream and export, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._hold())
+            tasks.create_task(self._report())
+
+    async def _hold(self) -> None:
+        failures = 0
+        while True:
+            try:
+                if await self._stream():
+                    failures = 0
+            except grpc.aio.AioRpcError:
+                pass
+            failures += 1
+            most_s = min(_MOST_BACKOFF_S, _BACKOFF_S * 2**failures)
+            await asyncio.sleep(random.uniform(0, most_s))  # noqa: S311 (no secret)
+
+    async def _stream(self) -> bool:
+        """One stream until it ends; was it of any use?"""
+        call = self._channel.stream_stream(_ADS)(metadata=self._metadata)
+        nonces: dict[str, str] = {}
+        known = dict(self._versions)  # from an earlier stream: it asks for everything at once
+
+        async def ask(kind: str, version: str = "", nonce: str = "") -> None:
+            request = DiscoveryRequest(
+                type_url=kind, version_info=version, response_nonce=nonce,
+                resource_names=self._names.get(kind, ()),
+            )  # fmt: skip
+            if kind == xds.RUNTIME and not nonce:
+                request.node.id = self._instance
+            await call.write(request.SerializeToString())
+
+        complete = False
+        try:
+            for kind in (xds.RUNTIME, *(one for one in known if one != xds.RUNTIME)):
+                await ask(kind, known.get(kind, ""))
+            while (data := await call.read()) is not grpc.aio.EOF:
+                response = DiscoveryResponse.FromString(data)
+                kind = response.type_url
+                again = kind in nonces
+                first = kind not in self._versions
+                nonces[kind], self._versions[kind] = response.nonce, response.version_info
+                await ask(kind, response.version_info, response.nonce)
+                if kind == xds.CLUSTERS and again:
+                    # A changed cluster warms until its endpoints have come again.
+                    await ask(xds.ENDPOINTS, self._versions[xds.ENDPOINTS], nonces[xds.ENDPOINTS])
+                if first:
+                    for following in _NEXT.get(kind, ()):
+                        await ask(following)
+                if not complete and nonces.keys() >= _ALWAYS and len(self._versions) == len(xds.ORDER):
+                    complete = True
+                    self._all.configured(+1)
+        finally:
+            call.cancel()
+            if complete:
+                self._all.configured(-1)
+        return complete
+
+    async def _report(self) -> None:
+        every_s = self._all.crowd.export_every_s
+        export = self._channel.unary_unary(_OTLP)
+        await asyncio.sleep(random.uniform(0, every_s))  # noqa: S311 (no secret)
+        while True:
+            due = time.monotonic() + every_s
+            with suppress(grpc.aio.AioRpcError):
+                await export(self._export.encoded(every_s), metadata=self._metadata, timeout=every_s)
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+
+
+class _Export:
+    """What a sidecar with some traffic in both directions reports."""
+
+    def __init__(self, mesh: str, service: str) -> None:
+        self._request = metrics_service_pb2.ExportMetricsServiceRequest()
+        # The field's name depends on whose copy of the messages is installed; its number is 2.
+        scopes = metrics_pb2.ResourceMetrics.DESCRIPTOR.fields_by_number[2].name
+        metrics = getattr(self._request.resource_metrics.add(), scopes).add().metrics
+        identity = spiffe_id(mesh, "default", service)
+        self._points = []
+        for direction, own in (
+            ("inbound", {"caller": identity, "tls": "TLSv1.3", "access": "allowed"}),
+            ("outbound", {"cluster": f"{service}/v1", "peer": identity}),
+        ):
+            tags = {**own, "route": "other", "code": "200", "flags": "-", "grpc": ""}
+            counter = metrics.add(name=f"{direction}.requests").sum.data_points.add(as_int=500)
+            counts = [0] * (len(BOUNDS_MS) + 1)
+            counts[5:25] = [25] * 20
+            histogram = metrics.add(name=f"{direction}.latency").histogram.data_points.add(
+                count=500, bucket_counts=counts, explicit_bounds=[bound * 1000 for bound in BOUNDS_MS]
+            )
+            for point in (counter, histogram):
+                for name, value in tags.items():
+                    point.attributes.add(key=name).value.string_value = value
+                self._points.append(point)
+        for name in ("server.live", "http.inbound.downstream_rq_active"):
+            self._points.append(metrics.add(name=name).gauge.data_points.add(as_int=1))
+
+    def encoded(self, every_s: float) -> bytes:
+        """One export, of the last so many seconds."""
+        now = time.time_ns()
+        for point in self._points:
+            point.start_time_unix_nano, point.time_unix_nano = now - round(every_s * 1e9), now
+        data: bytes = self._request.SerializeToString()
+        return data
+
+
+def main() -> None:
+    """The process."""
+    crowd = Crowd(**json.loads(Path(sys.argv[1]).read_text()))
+    asyncio.run(_Sidecars(crowd).run())
+
+
+if __name__ == "__main__":
+    main()
