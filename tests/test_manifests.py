@@ -12,11 +12,15 @@ import yaml
 from meshdemo.apps import loader
 from meshdemo.apps.model import App
 from meshdemo.control.model import WorkloadRevision
+from meshdemo.remediation import policy as policies
+from meshdemo.remediation import rules
+from meshdemo.resources import DEFAULT_POLICY
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import manifests
 from meshdemo.runtime.kubernetes.manifests import Site
 from meshdemo.runtime.kubernetes.specs import env_patch, initial_load
 from meshdemo.runtime.local.spec import MeshSpec, wanted
+from meshdemo.ui import grafana
 
 VERSIONS = ("1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 FOREIGN = App.model_validate(
@@ -44,6 +48,9 @@ FOREIGN = App.model_validate(
         },
     }
 )
+POLICY = DEFAULT_POLICY.read_text()
+RULES = rules.render(policies.load(DEFAULT_POLICY))
+DASHBOARDS = grafana.files("http://prometheus:9090/", "/etc/grafana/provisioning/dashboards")
 APPS = {"pair": loader.load("pair"), "emojivoto": loader.load("emojivoto")}
 
 
@@ -81,7 +88,8 @@ VARIANTS = {
     "foreign": lambda: objects(FOREIGN),
     "plain": lambda: objects(APPS["pair"], observability=False),
     "monitored": lambda: objects(APPS["pair"], service_monitor=True),
-    "watched": lambda: objects(APPS["pair"], watch=True),
+    "watched": lambda: objects(APPS["pair"], watch=POLICY),
+    "observed": lambda: objects(APPS["pair"], rules=RULES, grafana=DASHBOARDS, node_ports={"prometheus": 30090, "grafana": 30300}),
 }  # fmt: skip
 
 
@@ -118,7 +126,7 @@ def test_render_prints_what_is_applied() -> None:
 
 
 def test_everything_says_whose_it_is() -> None:
-    for manifest in objects(APPS["emojivoto"], watch=True):
+    for manifest in objects(APPS["emojivoto"], watch=POLICY):
         labels = manifest["metadata"]["labels"]
         assert labels["app.kubernetes.io/managed-by"] == "meshdemo"
         assert labels["meshdemo.dev/mesh"] == "m"
@@ -127,7 +135,7 @@ def test_everything_says_whose_it_is() -> None:
 @pytest.mark.parametrize("app", APPS.values(), ids=lambda app: app.name)
 def test_every_container_but_one_is_restricted(app: App) -> None:
     """The `restricted` Pod Security Standard, written out."""
-    for name, deployment in deployments(app, watch=True).items():
+    for name, deployment in deployments(app, watch=POLICY).items():
         pod = deployment["spec"]["template"]["spec"]
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
         assert {next(iter(volume.keys() - {"name"})) for volume in pod.get("volumes", [])} <= {
@@ -202,10 +210,10 @@ def test_probes_go_to_the_apps_own_port_and_path() -> None:
 
 def test_traffic_is_redirected_but_for_the_sidecars_own() -> None:
     redirect = containers(deployments(APPS["pair"])["service-b-v1"])[0]
-    (rules,) = [variable["value"] for variable in redirect["env"] if variable["name"] == "RULES"]
-    lines = rules.splitlines()
+    (text,) = [variable["value"] for variable in redirect["env"] if variable["name"] == "RULES"]
+    lines = text.splitlines()
     assert lines[0] == "*nat"
-    assert rules.endswith("COMMIT\n")
+    assert text.endswith("COMMIT\n")
     out = [line for line in lines if line.startswith("-A MESHDEMO_OUT")]
     itself = (
         "-A MESHDEMO_OUT -p tcp ! -d 127.0.0.0/8 -o lo -m owner --uid-owner 1337 -j REDIRECT --to-ports 15006"
@@ -242,17 +250,17 @@ def test_an_autoscaler_is_left_in_peace() -> None:
 
 
 def test_the_control_plane_has_the_rights_that_it_needs_and_no_other() -> None:
-    rules = {
+    granted = {
         o["kind"]: o["rules"]
         for o in objects(APPS["pair"], observability=False)
         if o["kind"] in {"Role", "ClusterRole"}
     }
-    assert rules["ClusterRole"] == [
+    assert granted["ClusterRole"] == [
         {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
     ]
     flat = {
         (group, resource, verb, tuple(rule.get("resourceNames", ())))
-        for rule in rules["Role"] for group in rule["apiGroups"] for resource in rule["resources"] for verb in rule["verbs"]
+        for rule in granted["Role"] for group in rule["apiGroups"] for resource in rule["resources"] for verb in rule["verbs"]
     }  # fmt: skip
     state = ("meshdemo-intent", "meshdemo-journal", "meshdemo-spec", "meshdemo-trust")
     assert flat == {
@@ -270,7 +278,7 @@ def test_the_control_plane_has_the_rights_that_it_needs_and_no_other() -> None:
 def test_only_the_control_plane_and_prometheus_may_talk_to_the_api_server() -> None:
     for name, deployment in deployments(APPS["pair"]).items():
         pod = deployment["spec"]["template"]["spec"]
-        if name not in {"control-plane", "prometheus"}:
+        if name not in {"control-plane", "prometheus"}:  # and watch, where there is one
             assert pod["automountServiceAccountToken"] is False, name
 
 
@@ -300,6 +308,26 @@ def test_a_new_environment_is_a_patch_of_what_changed() -> None:
     }
     assert patch["spec"]["template"]["metadata"]["annotations"]["meshdemo.dev/revision"] == "3"
     assert "fault f-1" in patch["metadata"]["annotations"]["kubernetes.io/change-cause"]
+
+
+def test_what_watches_and_observes_is_configured_by_what_it_was_given() -> None:
+    found = {(o["kind"], o["metadata"]["name"]): o for o in VARIANTS["watched"]() + VARIANTS["observed"]()}
+    config = found["ConfigMap", "prometheus"]["data"]
+    assert yaml.safe_load(config["objectives.yml"]) == yaml.safe_load(RULES)
+    jobs = {job["job_name"]: job for job in yaml.safe_load(config["prometheus.yml"])["scrape_configs"]}
+    assert set(jobs) == {"workloads", "sidecars", "control-plane"}
+    assert jobs["workloads"]["kubernetes_sd_configs"][0]["namespaces"] == {"names": ["m"]}
+    assert jobs["sidecars"]["metrics_path"] == "/stats/prometheus"
+    kept = found["ConfigMap", "grafana"]["data"]
+    volume = next(
+        v
+        for v in found["Deployment", "grafana"]["spec"]["template"]["spec"]["volumes"]
+        if v["name"] == "config"
+    )
+    assert {item["path"]: kept[item["key"]] for item in volume["configMap"]["items"]} == DASHBOARDS
+    policy = found["ConfigMap", "watch"]["data"]["policy.yaml"]
+    assert yaml.safe_load(policy) == yaml.safe_load(POLICY)
+    assert ":latest" not in str(found)
 
 
 def test_a_kind_cluster_has_the_nodes_and_ports_asked_for() -> None:

@@ -44,10 +44,11 @@ def envoy(ctx: typer.Context, app: _App = None, service: _Service = None) -> Non
 @app.command()
 def kubernetes(ctx: typer.Context, app: _App = None) -> None:
     """The manifests that `up` applies to a cluster, as YAML."""
+    from meshdemo.cli.up import observed
     from meshdemo.runtime.kubernetes import manifests
 
     context = _context.of(ctx)
-    documents = manifests.render(_load(app or "pair"), {"name": context.name})
+    documents = manifests.render(_load(app or "pair"), {"name": context.name, **observed()})
     if context.as_json:
         import yaml
 

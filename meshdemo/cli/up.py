@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -76,6 +76,9 @@ def command(
             help="Where sidecars send their spans (OpenTelemetry, gRPC: http://HOST:4317); off: nowhere.",
         ),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Run watch in the cluster, too (kind, kubernetes).")
+    ] = False,
     timeout: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", help="Give up after so long.")
     ] = 300.0,
@@ -109,7 +112,7 @@ def command(
         extra={
             "cwd": str(folder), "context": context, "kind_image": kind_image, "workers": workers,
             "base_image": base_image, "registry": registry, "observability": observability,
-            "prometheus_rules": _rules(),
+            "watch": _policy() if watch else None, **observed(),
         },
     )  # fmt: skip
     steps = where.steps(options)
@@ -131,6 +134,21 @@ def command(
         frame.say(f"Mesh '{frame.name}' is up already, as asked for; nothing to change.")
     else:
         frame.say(f"Mesh '{frame.name}' is up after {time.monotonic() - started:.1f} s.")
+
+
+def observed() -> dict[str, Any]:
+    """What Prometheus and Grafana are given: rules, and provisioning for where they run side by side."""
+    from meshdemo.ui import grafana
+
+    files = grafana.files("http://prometheus:9090/", "/etc/grafana/provisioning/dashboards")
+    return {"prometheus_rules": _rules(), "grafana": files}
+
+
+def _policy() -> str:
+    """The policy that a watch in the cluster goes by."""
+    from meshdemo.resources import DEFAULT_POLICY
+
+    return DEFAULT_POLICY.read_text()
 
 
 def _rules() -> str:

@@ -6,6 +6,7 @@ exactly what `meshdemo render kubernetes` prints.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -26,8 +27,13 @@ from meshdemo.kube import Manifest
 from meshdemo.resources import TEMPLATES
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import images
+from meshdemo.runtime.kubernetes.record import Record
 from meshdemo.runtime.kubernetes.specs import deployment_of
 from meshdemo.runtime.local.spec import MeshSpec, wanted
+
+PROMETHEUS_IMAGE = "prom/prometheus:v3.5.0"
+GRAFANA_IMAGE = "grafana/grafana:12.1.1"
+OBSERVABILITY = ("prometheus", "grafana")
 
 APP_USER = 65532
 SIDECAR_USER = 1337
@@ -50,16 +56,20 @@ class Site:
     namespace: str
     images: Mapping[str, str]  # image by recipe name
     scaled_by_others: frozenset[str] = field(default_factory=frozenset)  # SERVICE-VERSION with an autoscaler
-    observability: bool = True
+    observability: bool = True  # Prometheus and Grafana
+    rules: str = ""  # Prometheus' recording and alert rules
+    grafana: Mapping[str, str] = field(default_factory=dict)  # its provisioning, by path
+    node_ports: Mapping[str, int] = field(default_factory=dict)  # Services that are on ports of the nodes
     service_monitor: bool = False  # the cluster has the kind ServiceMonitor
-    watch: bool = False  # run `meshdemo watch` in the cluster
+    watch: str | None = None  # run `meshdemo watch` in the cluster, by this policy
 
 
 def render(app: App, options: Mapping[str, Any] | None = None) -> str:
     """The manifests of an app as `up` would apply them, as YAML documents.
 
     Args:
-        options: `name` of the mesh, `base_image`, `registry`, `observability`, `watch`, all optional.
+        options: `name` of the mesh, `base_image`, `registry`, `observability`, `prometheus_rules`,
+            `grafana` (files by path) and `watch` (a policy), all optional.
     """
     options = options or {}
     name = str(options.get("name", "mesh-demo"))
@@ -71,7 +81,9 @@ def render(app: App, options: Mapping[str, Any] | None = None) -> str:
             for key, recipe in images.recipes(app, options.get("base_image") or images.BASE_IMAGE).items()
         },
         observability=bool(options.get("observability", True)),
-        watch=bool(options.get("watch", False)),
+        rules=str(options.get("prometheus_rules") or ""),
+        grafana=options.get("grafana") or {},
+        watch=options.get("watch"),
     )
     return "".join(documents(spec, site).values())
 
@@ -113,7 +125,47 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
             found[service] = _render("service", spec, site, **_of_service(spec.app, service))
     for key in spec.workloads:
         found[key] = _workload(spec, site, key)
+    if site.observability:
+        found |= _observability(spec, site)
+    if site.service_monitor:
+        found["service-monitor"] = _render("service-monitor", spec, site)
+    if site.watch is not None:
+        here = Record(kind="kubernetes", mesh=spec.mesh, inside=True).model_dump_json()
+        found["watch"] = _render(
+            "watch", spec, site, record=here, policy=site.watch, content_hash=_hash(here, site.watch)
+        )
     return found
+
+
+def _observability(spec: MeshSpec, site: Site) -> dict[str, str]:
+    template = _environment().get_template("kubernetes/prometheus.yml.j2")
+    config = template.render(mesh=spec.mesh, namespace=site.namespace, ports=_PORTS)
+    return {
+        "prometheus": _render(
+            "prometheus",
+            spec,
+            site,
+            prometheus_image=PROMETHEUS_IMAGE,
+            prometheus_config=config,
+            rules=site.rules,
+            node_ports=site.node_ports,
+            content_hash=_hash(config, site.rules),
+        ),
+        "grafana": _render(
+            "grafana",
+            spec,
+            site,
+            grafana_image=GRAFANA_IMAGE,
+            grafana_files=site.grafana,
+            node_ports=site.node_ports,
+            content_hash=_hash(*site.grafana.values()),
+        ),
+    }
+
+
+def _hash(*texts: str) -> str:
+    """So much of the content's hash that a change of it shows; begins with a letter, for YAML's sake."""
+    return "h" + hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def workload(spec: MeshSpec, site: Site, key: str) -> Manifest:
@@ -139,6 +191,7 @@ def _workload(spec: MeshSpec, site: Site, key: str) -> str:
         version=one.version,
         replicas=None if name in site.scaled_by_others else one.instances,
         revision=one.current.revision,
+        metrics=service.metrics,
         image=site.images[images.image_name(program.program)] if program.program else program.image,
         command=None if program.program else program.command,
         env={

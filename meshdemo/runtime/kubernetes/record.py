@@ -33,6 +33,7 @@ class Record(BaseModel):
     cluster: str | None = Field(default=None, description="the kind cluster")
     made_cluster: bool = Field(default=False, description="meshdemo made it, so `down` removes it")
     ports: dict[str, int] = Field(default_factory=dict, description="endpoint -> port of this machine (kind)")
+    inside: bool = Field(default=False, description="this is a pod of the cluster")
     registry: str | None = None
     base_image: str | None = None
 
@@ -45,6 +46,8 @@ class Record(BaseModel):
         """The cluster. Raises MeshdemoError if the kubeconfig does not lead there."""
         from meshdemo.kube import PATIENCE_S, Cluster
 
+        if self.inside:
+            return Cluster.inside(patience_s=PATIENCE_S if patience_s is None else patience_s)
         own = kubeconfig(self.mesh) if self.kind == "kind" else None
         patience_s = PATIENCE_S if patience_s is None else patience_s
         return Cluster.from_kubeconfig(own, self.context, patience_s=patience_s)

@@ -151,10 +151,17 @@ class _Up:
             count = "1 instance" if workload.instances == 1 else f"{workload.instances} instances"
             name = f"Starting {workload.service} {workload.version} ({count})"
             ready.append(step(name, self._start(key), *needs))
-        if self._extra.get("observability", True):
-            ready.append(step("Starting Prometheus and Grafana", self._observe, base))
-        step("Sending a request through the mesh", self._request, *ready)
+        if self._extra.get("watch") is not None:
+            ready.append(step("Starting watch in the cluster", self._start("watch"), *needs))
+        observed = step("Starting Prometheus and Grafana", self._observe, base) if self._observes else None
+        request = step("Sending a request through the mesh", self._request, *ready)
+        if observed is not None:
+            step("Looking at Prometheus and Grafana", self._look_at_observability, observed, request)
         return found
+
+    @property
+    def _observes(self) -> bool:
+        return bool(self._extra.get("observability", True))
 
     def _context(self) -> str | None:
         return self._extra.get("context") or (self._before.context if self._before else None)
@@ -273,6 +280,12 @@ class _Up:
             namespace=runtime.namespace,
             images=self._references,
             scaled_by_others=frozenset(self._autoscaled()),
+            observability=self._observes,
+            rules=str(self._extra.get("prometheus_rules") or ""),
+            grafana=self._extra.get("grafana") or {},
+            node_ports=_NODE_PORTS if runtime.record.ports else {},
+            service_monitor=runtime.cluster.serves("ServiceMonitor"),
+            watch=self._extra.get("watch"),
         )
         return manifests.objects(self._spec, site)
 
@@ -312,7 +325,26 @@ class _Up:
         return run
 
     def _observe(self, tell: Callable[[str], None]) -> None:
-        """Prometheus and Grafana are welcome and not needed."""
+        """Prometheus and Grafana are welcome and not needed: nobody waits for them."""
+        for deployment in self._objects:
+            if (
+                deployment["kind"] == "Deployment"
+                and deployment["metadata"]["name"] in manifests.OBSERVABILITY
+            ):
+                self._runtime.cluster.apply(deployment)
+
+    def _look_at_observability(self, tell: Callable[[str], None]) -> None:
+        """Say what is missing of Prometheus and Grafana. Their images are large and may be on their way."""
+        runtime = self._runtime
+        for name in manifests.OBSERVABILITY:
+            found = runtime.cluster.get("Deployment", name, runtime.namespace)
+            if found is None or apply.rolled_out(found):
+                continue
+            labels = f"{k8s.MESH}={runtime.name},app.kubernetes.io/component={name}"
+            pods = runtime.cluster.find("Pod", runtime.namespace, labels=labels)
+            troubles = [trouble for pod in pods for trouble in apply.pod_troubles(pod)]
+            why = str(troubles[0]) if troubles else "it is still being started"
+            runtime.notes.append(f"{name} is not there: {why}. The mesh works without it.")
 
     def _request(self, tell: Callable[[str], None]) -> None:
         """See a request go through the mesh, and let the load begin."""
