@@ -150,6 +150,16 @@ def test_everything_is_scraped_and_the_rules_are_in_force(prometheus: Prometheus
     assert {"MeshdemoErrorBudgetBurn", "MeshdemoInstancesMissing"} <= {rule["name"] for rule in rules}
 
 
+def test_a_watch_that_runs_gives_the_error_budgets(mesh: Cli, prometheus: Prometheus) -> None:
+    watch = mesh.start("watch", "--plain")
+    try:
+        budget = 'meshdemo_objective_error_budget{service="service-b", objective="success"}'
+        wait_for("the error budget", lambda: prometheus.samples(budget))
+    finally:
+        watch.terminate()
+        watch.communicate()
+
+
 def test_an_alert_fires_while_a_service_fails(mesh: Cli, prometheus: Prometheus) -> None:
     mesh.run("fault", "--at", "mesh", "--err", "0.6")
     firing = 'ALERTS{alertname="MeshdemoErrorBudgetBurn", alertstate="firing", service="service-b"}'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -345,6 +346,22 @@ def test_a_viewer_who_does_not_read_is_dropped() -> None:
         assert "event: snapshot" in next(events)
         backlog[0] = 1 << 30
         assert list(events) == []
+
+
+def test_a_browser_that_stopped_reading_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tab that the browser froze: the connection stands, and nobody takes anything out of it."""
+    monkeypatch.setattr(page, "_MAX_BACKLOG", 100_000)
+    with place(50, 500) as served:
+        served.broadcast._every_s = 0.01
+        port = int(served.url.rsplit(":", 1)[1])
+        with socket.socket() as frozen:
+            frozen.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            frozen.connect(("127.0.0.1", port))
+            frozen.sendall(
+                f"GET /v1/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+            )
+            wait_for(lambda: served.broadcast._viewers == 1)
+            wait_for(lambda: served.broadcast._viewers == 0, seconds=120)
 
 
 def test_there_may_not_be_any_number_of_viewers(tmp_path: Path) -> None:
