@@ -56,8 +56,8 @@ def command(
     story = _Story(context, where)
     with _context.stoppable(), _cleaned_up(story, remove=not (keep or ran_before)):
         story.bring_up()
-        story.wait_until_calm()
         for title, asked in _acts():
+            story.wait_until_calm()
             story.play(title, asked)
         story.report()
     if context.as_json:
@@ -91,6 +91,7 @@ class _Act:
     detect_s: float | None = None
     recover_s: float | None = None
     remedies: list[str] = field(default_factory=list)
+    incidents: set[str] = field(default_factory=set)
     healed: bool = False
 
 
@@ -104,6 +105,7 @@ class _Story:
         self._context = context
         self._watch: subprocess.Popen[str] | None = None
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._open: set[str] = set()  # incidents
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the story
         self._began = time.monotonic()
 
@@ -138,7 +140,9 @@ class _Story:
             while True:
                 rows = self.runtime.control().signals(window_s=_CALM_S, service=SERVICE)
                 row = next((one for one in rows if one["service"] == SERVICE), None)
-                if row is not None and row["window_s"] >= _CALM_S - 1 and _is_well(row):
+                self._take_events()
+                long_enough = row is not None and row["window_s"] >= _CALM_S - 1
+                if row is not None and long_enough and _is_well(row) and not self._open:
                     break
                 late = time.monotonic() > give_up
                 if late and row is not None and (row["success_rate"] or 0) >= _WELL:
@@ -146,7 +150,6 @@ class _Story:
                 if late:
                     seen = f"{row['rps']:.0f} requests/s, {row['success_rate']} well" if row else "no signals"
                     raise Failed(f"{SERVICE} does not run well, though nothing is broken: {seen}")
-                self._take_events()
                 time.sleep(0.25)
         self._print_signals()
 
@@ -161,6 +164,8 @@ class _Story:
             f"  {tables.fault_words(outcome.fault)}, in force after {outcome.effective_ms:.0f} ms"
         )
         act = _Act(title, outcome.fault.id, outcome.fault.started_at)
+        # What is amiss already may swallow the fault, instead of becoming an incident of its own.
+        act.incidents |= self._open
         self.acts.append(act)
         give_up = time.monotonic() + _PATIENCE_S
         with self._context.progress("Waiting for watch to heal it"):
@@ -169,8 +174,6 @@ class _Story:
                     self._follow(act, event)
         # What watch did not end (the record of a fault whose harm it has undone) ends here.
         faults.clear(self.runtime)
-        if act.healed:
-            self._print_signals()
 
     def report(self) -> None:
         """Print the report of what happened."""
@@ -257,6 +260,10 @@ class _Story:
                 self._complaints.seek(0)
                 said = " ".join(self._complaints.read().split())
                 raise Failed(f"watch has ended: {said or 'it does not say why'}")
+            if event["event"] == "violated":
+                self._open.add(event["incident"])
+            elif event["event"] == "healed":
+                self._open.discard(event["incident"])
             events.append(event)
 
     def _follow(self, act: _Act, event: dict[str, Any]) -> None:
@@ -264,11 +271,13 @@ class _Story:
         if name not in _TOLD or event["time"] < act.started_at or event["service"] != SERVICE:
             return
         self._print_event(event)
+        if name == "violated":
+            act.incidents.add(event["incident"])
         if name == "violated" and act.detect_s is None:
             act.detect_s = event.get("detect_s")
         elif name == "acted":
             act.remedies.append(event["remedy"])
-        elif name == "healed":
+        elif name == "healed" and event["incident"] in act.incidents:
             act.recover_s = event.get("recover_s")
             act.healed = True
 
