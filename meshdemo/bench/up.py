@@ -1,0 +1,120 @@
+"""How long `up` takes, step by step, and what an idle mesh uses.
+
+On the local runtime there is nothing to compare with. On kind (where Docker and kind are installed) it is
+next to the same steps by hand, one after another (`by_hand`).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import psutil
+
+from meshdemo.bench.model import Bar, Figure, Findings
+from meshdemo.bench.scale import Scale
+from meshdemo.bench.stage import Stage, Tell, attempt
+from meshdemo.errors import Failed
+from meshdemo.runtime.local import leftovers
+from meshdemo.runtime.local.runtime import LocalRuntime
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TITLE = "How long `up` takes, and what an idle mesh uses"
+
+LOCAL = "local"
+_SETTLE_S = 2.0
+_MOST_S = 120.0
+
+
+def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
+    """Measure. Raises MeshdemoError."""
+    up, down, stat = list[float](), list[float](), list[float]()
+    cpu, memory = list[float](), list[float]()
+    steps: dict[str, list[float]] = {}
+    failures: list[str] = []
+    for number in range(scale.rounds(5, quick=1)):
+        tell(f"round {number + 1}")
+        runtime = LocalRuntime(f"bench-up-{number}")
+        with attempt(f"round {number + 1}", failures):
+            try:
+                seconds, taken = _command(runtime, "up", "--runtime", "local", "--verbose")
+                up.append(seconds)
+                for title, step_s in _steps(taken).items():
+                    steps.setdefault(title, []).append(step_s)
+                stat.append(_command(runtime, "stat")[0])
+                runtime.set_load(0)
+                tell(f"round {number + 1}, idle")
+                time.sleep(_SETTLE_S)
+                busy, used = _idle(runtime, scale.seconds(10, quick=3))
+                cpu.append(busy * 100)
+                memory.append(used)
+                down.append(_command(runtime, "down")[0])
+            finally:
+                runtime.down()
+    if not up:
+        return Findings(notes=failures)
+    return Findings(
+        figures=[
+            Figure("up.local", "`meshdemo up`", "s", "lower", {LOCAL: up}, LOCAL, [Bar(5)]),
+            Figure("up.steps", "... of this, by step", "s", "lower", steps),
+            Figure("up.down", "`meshdemo down`", "s", "lower", {LOCAL: down}, LOCAL),
+            Figure("up.stat", "`meshdemo stat`", "s", "lower", {LOCAL: stat}, LOCAL),
+            Figure("up.cpu", "Idle mesh: processor, of one", "%", "lower", {LOCAL: cpu}, LOCAL, [Bar(20)]),
+            Figure("up.memory", "Idle mesh: memory", "MB", "lower", {LOCAL: memory}, LOCAL, [Bar(700)]),
+        ],
+        notes=[
+            *failures,
+            "Steps run side by side where they can. Memory is that of all processes, what they share counted "
+            "once where the system says so.",
+        ],
+    )
+
+
+def _command(runtime: LocalRuntime, *arguments: str) -> tuple[float, str]:
+    """How long a command of the product takes (s), and what it says on stderr. Raises Failed if it fails."""
+    command = [sys.executable, "-P", "-m", "meshdemo", "--name", runtime.name, *arguments]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_MOST_S, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f"`meshdemo {arguments[0]}` did not end within {_MOST_S:g} s") from None
+    if done.returncode:
+        raise Failed(f"`meshdemo {arguments[0]}` failed: {' '.join(done.stderr.split())}")
+    return time.monotonic() - began, done.stderr
+
+
+def _steps(said: str) -> Mapping[str, float]:
+    """The steps of `up --verbose` and how long each took (s)."""
+    lines = re.findall(r"^ *([0-9.]+) s  (.+)$", said, re.MULTILINE)
+    return {title: float(seconds) for seconds, title in lines}
+
+
+def _idle(runtime: LocalRuntime, seconds: float) -> tuple[float, float]:
+    """What share of one processor all processes of a mesh use, and their memory (MB)."""
+    processes = leftovers.find(runtime.paths.state)
+    before = _cpu_s(processes)
+    began = time.monotonic()
+    time.sleep(seconds)
+    busy = (_cpu_s(processes) - before) / (time.monotonic() - began)
+    return busy, sum(_memory_mb(process) for process in processes)
+
+
+def _cpu_s(processes: Sequence[psutil.Process]) -> float:
+    total = 0.0
+    for process in processes:
+        times = process.cpu_times()
+        total += times.user + times.system
+    return total
+
+
+def _memory_mb(process: psutil.Process) -> float:
+    memory = process.memory_full_info()
+    return float(getattr(memory, "pss", memory.rss)) / 1e6
