@@ -6,7 +6,7 @@ import { clock, faultEffect, ms, percent, plural, rate, setAttribute, setText, s
 const MARGIN = 14, GAP_Y = 22, PADDING = 12;
 const CARD = 248, LABEL = 178, BEND = 50; // side by side: a card, the label of an edge before it, its curve
 const GUTTER = 28, CALL = 22; // one above the other: where curves run down, and the line of a call
-const NARROW = 600, LARGE = 1250;
+const NARROW = 600, LARGE = 1000;
 const HEAD = 74, NOTE = 17, VERSION = 20, ROW = 20, CELL = 20, FOOT = 8, PORT = 22;
 const ROWS_UP_TO = 3; // so many instances of a version get a row with figures; more get a cell each
 const LOCKED = "M2 6h8v6h-8zM4 6v-2a2 2 0 0 1 4 0v2", UNLOCKED = "M2 6h8v6h-8zM8 6v-2a2 2 0 0 1 4 0v1";
@@ -57,7 +57,7 @@ const clip = (text, width, size) => { const room = Math.floor(width / (size * 0.
 // What there is to say of a service besides its figures: why it may look as it does.
 function notes(service, faults) {
   const out = faults.map((fault) => `⚡ ${faultEffect(fault)}${fault.instance ? ` on ${shortId(service.name, fault.instance)}` : fault.version ? ` on ${fault.version}` : ""}${fault.caller ? ` from ${fault.caller}` : ""}`);
-  for (const version of service.versions) if (version.outliers) out.push(`⊘ ${plural(version.outliers, "instance")} of ${version.version} ejected by Envoy`);
+  for (const version of service.versions) if (version.outliers) out.push(`⊘ Envoy ejected ${version.outliers} of ${version.version}`);
   if (service.refused) out.push(`⊘ ${rate(service.refused)}/s refused by a breaker`);
   if (service.denied) out.push(`⊘ ${rate(service.denied)}/s denied by access rules`);
   if (service.overdue) out.push(`⧗ ${plural(service.overdue, "request")} waiting for an answer`);
