@@ -61,7 +61,7 @@ function notes(service, faults) {
   if (service.refused) out.push(`⊘ ${rate(service.refused)}/s refused by a breaker`);
   if (service.denied) out.push(`⊘ ${rate(service.denied)}/s denied by access rules`);
   if (service.overdue) out.push(`⧗ ${plural(service.overdue, "request")} waiting for an answer`);
-  if (service.success_rate < 0.99 && service.effective_success_rate !== null && service.effective_success_rate > service.success_rate) out.push(`↻ ${percent(service.effective_success_rate)} after retries`);
+  if (service.success_rate < 0.99 && service.effective_success_rate > service.success_rate + 0.01) out.push(`↻ ${percent(service.effective_success_rate)} after retries`);
   return out;
 }
 
