@@ -246,13 +246,13 @@ def test_render_shows_what_runs(mesh: Cli) -> None:
 
 def test_the_demo_heals_and_leaves_nothing(tmp_path: Path) -> None:
     cli = Cli(tmp_path / "home")
-    demo = cli.start("demo", "-o", "json")
+    demo = cli.start("demo", "--rps", "60", "-o", "json")
     try:
         out, said = demo.communicate(timeout=600)
     finally:
         demo.terminate()  # it cleans up, if it still runs
         demo.wait(90)
-    assert demo.returncode == 0, said
+    assert demo.returncode == 0, out + said
     told = json.loads(out)
     assert told["healed"] is True
     assert told["detect_s"] > 0

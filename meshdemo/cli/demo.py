@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meshdemo.cli import _context
+from meshdemo.cli import _context, _values
 from meshdemo.errors import Failed, MeshdemoError, Missing
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from meshdemo.runtime.base import Runtime
     from meshdemo.runtime.faults import FaultRequest
 
-RPS = 200.0
 SERVICE = "service-b"
 _CALM_S = 5.0  # watch must have seen the mesh healthy to know what to go back to
 _WELL = 0.995
@@ -45,15 +44,19 @@ def command(
     runtime: Annotated[
         str, typer.Option("--runtime", metavar="R", help="Where: local, kind or kubernetes.")
     ] = "local",
+    rps: Annotated[
+        float, typer.Option("--rps", metavar="N", help="Requests per second; less for a slow machine.")
+    ] = 200.0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the mesh running at the end.")] = False,
 ) -> None:
     """The whole story in about a minute: up, load, fault, detection, healing, report, down."""
     from meshdemo.runtime.select import choose
 
+    _values.number(rps, "--rps", 20, 100_000, "requests/s")
     context = _context.of(ctx)
     where, _ = choose(runtime, context.name)
     ran_before = _runs(where)
-    story = _Story(context, where)
+    story = _Story(context, where, rps)
     with _context.stoppable(), _cleaned_up(story, remove=not (keep or ran_before)):
         story.bring_up()
         for title, asked in _acts():
@@ -98,8 +101,9 @@ class _Act:
 class _Story:
     """The mesh, the watch beside it, and what has happened so far."""
 
-    def __init__(self, context: _context.Context, runtime: Runtime) -> None:
+    def __init__(self, context: _context.Context, runtime: Runtime, rps: float) -> None:
         self.runtime = runtime
+        self._rps = rps
         self.acts: list[_Act] = []
         self.up_s = 0.0
         self._context = context
@@ -126,11 +130,14 @@ class _Story:
         started = time.monotonic()
         self._tell(f"Bringing up mesh '{context.name}' on the {self.runtime.kind} runtime")
         options = UpOptions(
-            name=context.name, app=loader.load("pair"), rps=RPS, extra={"cwd": str(loader.folder("pair"))}
+            name=context.name,
+            app=loader.load("pair"),
+            rps=self._rps,
+            extra={"cwd": str(loader.folder("pair"))},
         )
         run_steps(self.runtime.steps(options), context.stderr if context.chatty else None)
         self.up_s = time.monotonic() - started
-        self._tell(f"Up after {self.up_s:.1f} s; service-a makes {RPS:g} requests/s on {SERVICE}")
+        self._tell(f"Up after {self.up_s:.1f} s; service-a makes {self._rps:g} requests/s on {SERVICE}")
         self._start_watch()
 
     def wait_until_calm(self) -> None:
@@ -142,7 +149,7 @@ class _Story:
                 row = next((one for one in rows if one["service"] == SERVICE), None)
                 self._take_events()
                 long_enough = row is not None and row["window_s"] >= _CALM_S - 1
-                if row is not None and long_enough and _is_well(row) and not self._open:
+                if row is not None and long_enough and _is_well(row, self._rps) and not self._open:
                     break
                 late = time.monotonic() > give_up
                 if late and row is not None and (row["success_rate"] or 0) >= _WELL:
@@ -313,9 +320,9 @@ class _Story:
         self._context.console.print(Padding(tables.signals(rows, "instance"), (0, 0, 0, 2), expand=False))
 
 
-def _is_well(row: SignalRow) -> bool:
+def _is_well(row: SignalRow, rps: float) -> bool:
     quick = row["p95_ms"] is not None and row["p95_ms"] < _QUICK_MS
-    return quick and (row["success_rate"] or 0) >= _WELL and row["rps"] > RPS / 2
+    return quick and (row["success_rate"] or 0) >= _WELL and row["rps"] > rps / 2
 
 
 def _runs(runtime: Runtime) -> bool:
