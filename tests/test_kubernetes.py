@@ -603,12 +603,17 @@ def test_trouble_that_passes_is_none(server: ApiServer) -> None:
     server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment(ready=1)), times=2)
     server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment()))
     pulling = {"metadata": {"name": "b-1"}, "status": {"containerStatuses": [waiting("app", "ErrImagePull")]}}
-    server.answer(f"get {PODS}", listing(pulling))
+    server.answer(f"get {PODS}", listing(pulling), times=2)
+    going = {"metadata": {"name": "b-1", "deletionTimestamp": "2026-01-01T00:00:00Z"}, "status": READY}
+    there = [{"metadata": {"name": name}, "status": READY} for name in ("b-2", "b-3")]
+    server.answer(f"get {PODS}", listing(going, there[0]), times=1)  # the Deployment's status lags behind
+    server.answer(f"get {PODS}", listing(going, *there))
     said: list[str] = []
     apply.await_rollout(server.cluster(), "n", ["service-b-v1"], timeout_s=20, tell=said.append)
     assert said[0] == "service-b-v1 1/2"
 
 
+READY = {"conditions": [{"type": "Ready", "status": "True"}]}
 NAMESPACE = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "n"}}
 
 

@@ -122,6 +122,8 @@ def command(
         seconds = run_steps(steps, frame.stderr if frame.chatty else None)
     if otlp_endpoint is not None:
         where.control().set_traces(None if otlp_endpoint == "off" else otlp_endpoint)
+    for note in getattr(where, "notes", ()):
+        frame.stderr.print(f"Note: {note}", markup=False, soft_wrap=True)
     if frame.verbose:
         for title, took in seconds.items():
             frame.stderr.print(f"{took:6.2f} s  {title}")

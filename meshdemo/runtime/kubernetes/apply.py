@@ -134,7 +134,7 @@ def await_rollout(
         listed = cluster.find("Deployment", namespace)
         found = {one["metadata"]["name"]: one for one in listed if one["metadata"]["name"] in deployments}
         missing = [name for name in deployments if name not in found]
-        waiting = [one for one in found.values() if not rolled_out(one)]
+        waiting = [one for one in found.values() if not (rolled_out(one) and _all_there(cluster, one))]
         if not waiting and not missing:
             return
         tell(_progress(found.values()))
@@ -160,6 +160,12 @@ def await_rollout(
                 "a higher --timeout waits longer; `meshdemo up` again goes on from here",
             )
         pause(0.2)
+
+
+def _all_there(cluster: Cluster, deployment: Manifest) -> bool:
+    """Do the pods themselves bear out what a Deployment's status says? It lags behind a pod's deletion."""
+    ready = [pod for pod in _pods_of(cluster, deployment) if is_ready(pod)]
+    return bool(len(ready) == deployment["spec"].get("replicas", 1))
 
 
 def rolled_out(deployment: Manifest) -> bool:
