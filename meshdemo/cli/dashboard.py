@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from html import escape
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
 
 from meshdemo.cli import _context
+from meshdemo.runtime.local.paths import home
 
 
 def command(
@@ -40,8 +43,26 @@ def command(
     else:
         context.say(url)
     if context.chatty and not no_open:
-        import webbrowser
-
-        webbrowser.open(url)
+        _open(url, home() / context.name)
     if stays:
         threading.Event().wait()
+
+
+def _open(url: str, folder: Path) -> None:
+    """Open the page without its key in the arguments of the browser's process, which everybody can read.
+
+    The browser is given a file that only its owner can read and that leads on; `down` removes it.
+    """
+    import webbrowser
+
+    if not folder.is_dir():  # a mesh that somebody else brought up: there is only the address to print
+        return
+    page = folder / "dashboard.html"
+    page.unlink(missing_ok=True)
+    page.touch(mode=0o600)
+    page.write_text(
+        f'<!doctype html><title>meshdemo</title><meta http-equiv="refresh" content="0;url={escape(url)}">'
+        f'<a href="{escape(url)}">the page of the mesh</a>\n',
+        encoding="utf-8",
+    )
+    webbrowser.open(page.as_uri())
