@@ -53,6 +53,7 @@ _TAKEN_IN_S = 15.0  # how long a change waits for the control plane (which may b
 _RETRY_S = 0.2
 # Workloads that start at the same time: more would only take the processors from the control plane.
 _AT_ONCE = max(4, 2 * (os.cpu_count() or 1))
+_FILES = 65_536
 _LIMIT = 16 * 1024 * 1024  # of one message
 
 
@@ -811,15 +812,21 @@ class _LogHandler(logging.Handler):
         self._output.write(self.format(record).encode() + b"\n")
 
 
+def _raise_file_limit() -> None:
+    """Each instance takes some file descriptors of ours, and common soft limits (256, 1024) are low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def main() -> None:
     """Run the supervisor of the mesh in `--state`."""
     parser = argparse.ArgumentParser(description="The supervisor of a local mesh; started by `meshdemo up`.")
     parser.add_argument("--state", type=Path, required=True)
     paths = MeshPaths(parser.parse_args().state)
-    # Each instance takes some file descriptors of ours, and common soft limits (256, 1024) are low.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _raise_file_limit()
     handler = _LogHandler(BoundedLog(paths.logs / "supervisor.log"))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, handlers=[handler])
     spec = MeshSpec.model_validate_json(paths.spec.read_text())
