@@ -47,6 +47,7 @@ _OBJECTIVE = Objective()  # as in policy.yaml
 _CALM_S = 3.0
 _SETTLED_S = 4.0  # good seconds in a row after which watch and Prometheus are taken to have healed it
 _NORMAL_ERRORS = 0.005  # on healthy traffic: half of what the objective allows
+_UNDER_WAY_S = 0.4
 _STOP_S = 10.0
 
 
@@ -147,7 +148,7 @@ def _once(stage: Stage, fault: Fault, way: str) -> _Run:
         least_s = CRASH_S if fault.detect_worst is None else _SETTLED_S
         enough = start + least_s if way in {WATCH, PROMETHEUS} else end
         while (now := time.monotonic()) < end:
-            if now > enough and calm(load.requests(), now, _SETTLED_S):
+            if now > enough and settled(load.requests(), now, _SETTLED_S):
                 break
             time.sleep(0.1)
         observed = time.monotonic()
@@ -161,15 +162,20 @@ def _once(stage: Stage, fault: Fault, way: str) -> _Run:
         )
 
 
-def calm(requests: Sequence[Request], now: float, seconds: float) -> bool:
-    """Whether all requests that were due in the last seconds were answered well, and in time.
+def settled(requests: Sequence[Request], now: float, seconds: float) -> bool:
+    """Whether the objective has held in every one of the last seconds, as far as they can be told yet.
 
-    Those of the last 0.4 s may still be under way; those that hang are not in the list, so they are counted.
+    What was due in the last 0.4 s may still be under way; what hangs is not in the list, so it is counted.
     """
-    end = now - 0.4
-    recent = [one for one in requests[-round(2 * seconds * RPS) :] if end - seconds <= one.due < end]
-    good = sum(not one.failed and one.took_s <= _OBJECTIVE.slower_than_s for one in recent)
-    return good >= 0.99 * seconds * RPS
+    end = now - _UNDER_WAY_S
+    recent = [one for one in requests[-round(2 * (seconds + 1) * RPS) :] if one.due >= end - seconds]
+    complete = sum(one.due < end for one in recent) >= 0.99 * seconds * RPS
+    return complete and healthy_after(recent, end - seconds, end, _OBJECTIVE) == 0
+
+
+def _is_calm(load: OpenLoop) -> bool:
+    load.process.check()
+    return settled(load.requests(), time.monotonic(), _CALM_S)
 
 
 @contextmanager
@@ -180,11 +186,6 @@ def _load(stage: Stage, runtime: LocalRuntime) -> Iterator[OpenLoop]:
         yield load
 
 
-def _is_calm(load: OpenLoop) -> bool:
-    load.process.check()
-    return calm(load.requests(), time.monotonic(), _CALM_S)
-
-
 @contextmanager
 def _watching(
     stage: Stage, runtime: LocalRuntime, way: str
@@ -192,13 +193,10 @@ def _watching(
     """A way to heal for a block; when it raised alarms (seconds since the epoch), and is one open?"""
     if way == WATCH:
         with _Watch(stage, runtime) as watch:
-            yield (
-                lambda: watch.times("violated"),
-                lambda: len(watch.times("violated")) > len(watch.times("healed")),
-            )
+            yield lambda: watch.times("violated"), watch.busy
     elif way == PROMETHEUS:
         with prometheus.running(stage, runtime, heals=True) as webhook:
-            yield lambda: [when for when, _ in webhook.alerts], lambda: bool(webhook.alerts)
+            yield webhook.times, lambda: any(when > time.time() - _CALM_S for when in webhook.times())
     else:
         yield list, lambda: False
 
@@ -256,7 +254,7 @@ def _false_alarms(stage: Stage, seconds: float, ways: Sequence[str]) -> dict[str
         load.process.check()
         counts = {WATCH: sum(when > began for when in watch.times("violated")) / minutes}
         if webhook is not None:
-            counts[PROMETHEUS] = sum(when > began for when, _ in webhook.alerts) / minutes
+            counts[PROMETHEUS] = sum(when > began for when in webhook.times()) / minutes
         return counts
 
 

@@ -45,8 +45,7 @@ class Webhook:
     """Takes alerts and, if it is to heal, carries out a remedy for each."""
 
     def __init__(self, runtime: LocalRuntime, *, heals: bool) -> None:
-        self.alerts: list[tuple[float, str]] = []  # when (seconds since the epoch), which
-        self.remedies: list[str] = []
+        self._times: list[float] = []
         self._runtime = runtime
         self._remedies = Remedies(runtime.control, runtime, time.time)
         self._workers = ThreadPoolExecutor(2) if heals else None
@@ -68,9 +67,13 @@ class Webhook:
         self.port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
+    def times(self) -> list[float]:
+        """When alerts came (seconds since the epoch)."""
+        return list(self._times)
+
     def take(self, now: float, labels: Mapping[str, str]) -> None:
         """An alert has come."""
-        self.alerts.append((now, labels["alertname"]))
+        self._times.append(now)
         if self._workers is not None:
             self._workers.submit(self._heal, labels)
 
@@ -84,8 +87,7 @@ class Webhook:
     def _heal(self, labels: Mapping[str, str]) -> None:
         plan = self._plan(labels)
         if plan is not None:
-            result = self._remedies.carry_out(Action(plan.words, plan, labels["alertname"]))
-            self.remedies.append(plan.words if result.ok else f"{plan.words}: {result.detail}")
+            self._remedies.carry_out(Action(plan.words, plan, labels["alertname"]))
 
     def _plan(self, labels: Mapping[str, str]) -> Plan | None:
         """What watch would do by its default policy; None: nothing that makes sense."""
