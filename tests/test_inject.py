@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -469,3 +472,59 @@ def test_any_text_is_refused_or_passes(text: str) -> None:
     except BadInput:
         return
     assert out == text or any(o.action == "injected" for o in outcomes)
+
+
+# -- through the command line ----------------------------------------------------------------------------------
+
+
+def meshdemo(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "meshdemo", *arguments],
+        input=stdin.encode(),
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_filter_from_manifests_to_manifests(tmp_path: Path) -> None:
+    text = SHAPES["plain deployment with comments"] + "---\r\n# kept\nkind: Service\nmetadata: {name: s}\n"
+    out = meshdemo("inject", "-", stdin=text)
+    assert out.returncode == 0, out.stderr
+    assert b"Deployment web: injected" in out.stderr
+    template = next(yaml.safe_load_all(out.stdout))["spec"]["template"]
+    redirect, sidecar = template["spec"]["initContainers"]
+    assert (redirect["name"], sidecar["name"]) == ("meshdemo-redirect", "meshdemo-sidecar")
+    assert sidecar["restartPolicy"] == "Always"
+    assert redirect["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+    assert template["metadata"]["labels"].items() >= {"meshdemo.dev/service": "web", "app": "web"}.items()
+    (tmp_path / "meshed.yaml").write_bytes(out.stdout)
+    again = meshdemo("inject", str(tmp_path / "meshed.yaml"))
+    assert again.stdout == out.stdout
+    back = meshdemo("uninject", str(tmp_path / "meshed.yaml"))
+    assert back.stdout == text.encode()
+
+
+def test_ports_to_skip_come_from_annotations() -> None:
+    text = SHAPES["bare pod with init containers"].replace(
+        "  labels:", '  annotations: {meshdemo.dev/skip-inbound-ports: "9090, 9100"}\n  labels:'
+    )
+    rules = yaml.safe_load(meshdemo("inject", "-", stdin=text).stdout)["spec"]["initContainers"][0]["env"][0][
+        "value"
+    ]
+    assert "--dport 9090 -j RETURN" in rules
+    assert "--dport 9100 -j RETURN" in rules
+    wrong = meshdemo("inject", "-", stdin=text.replace("9100", "http"))
+    assert wrong.returncode == 2
+    assert b"'http' is no port" in wrong.stderr
+    assert wrong.stdout == b""
+
+
+def test_what_is_refused_is_passed_on_and_said() -> None:
+    text = "kind: Pod\nmetadata: {name: a}\nspec: {hostNetwork: true, containers: [{name: a}]}\n"
+    out = meshdemo("inject", "-", "-o", "json", stdin=text)
+    assert out.returncode == 1
+    answer = json.loads(out.stdout)
+    assert answer["manifests"] == text
+    assert [one["action"] for one in answer["workloads"]] == ["refused"]
+    assert meshdemo("inject", "/no/such/file").returncode == 2

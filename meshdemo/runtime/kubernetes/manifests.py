@@ -239,6 +239,22 @@ def _sidecar_files(site: Site) -> Mapping[str, str]:
     )  # fmt: skip
 
 
+def sidecar(
+    mesh: str, image: str, *, skip_inbound: tuple[int, ...] = (), skip_outbound: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """What makes any pod a meshed one: `init_containers` and `volumes`.
+
+    Args:
+        image: of the sidecar.
+        skip_inbound, skip_outbound: ports whose traffic passes by the sidecar.
+    """
+    rules = redirect_rules(skip_inbound=skip_inbound, skip_outbound=skip_outbound)
+    values = {**_common(mesh), "namespace": mesh, "images": {"sidecar": image}, "redirect_rules": rules}
+    text = _environment().get_template("kubernetes/inject.yaml.j2").render(values)
+    found: dict[str, Any] = yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    return found
+
+
 def redirect_rules(*, skip_inbound: tuple[int, ...] = (), skip_outbound: tuple[int, ...] = ()) -> str:
     """What iptables-restore is given in a pod. `skip_*`: ports whose traffic passes by the sidecar."""
     template = _environment().get_template("kubernetes/redirect.rules.j2")
@@ -254,28 +270,30 @@ def kind_config(*, workers: int, ports: Mapping[int, int]) -> str:
 
 
 def _render(template: str, spec: MeshSpec, site: Site, **values: Any) -> str:
+    common = {**_common(spec.mesh), "redirect_rules": redirect_rules()}
     text = (
         _environment()
         .get_template(f"kubernetes/{template}.yaml.j2")
-        .render(
-            mesh=spec.mesh,
-            namespace=site.namespace,
-            images=site.images,
-            ports=_PORTS,
-            audience=AUDIENCE,
-            app_user=APP_USER,
-            sidecar_user=SIDECAR_USER,
-            redirect_rules=redirect_rules(),
-            sidecar_args=[
-                "--config-path", f"{CONFIG_FOLDER}/bootstrap.yaml", "--service-node", "$(POD_NAME)",
-                "--concurrency", "1", "--disable-hot-restart", "--log-level", "warning",
-            ],
-            folders={"config": CONFIG_FOLDER, "run": RUN_FOLDER, "state": STATE_FOLDER, "api": API_FOLDER},
-            **values,
-        )
-    )  # fmt: skip
+        .render(**common, namespace=site.namespace, images=site.images, **values)
+    )
     text = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
     return text + "\n" if text.startswith("---") else f"---\n{text}\n"
+
+
+def _common(mesh: str) -> dict[str, Any]:
+    """What every template may speak of."""
+    return {
+        "mesh": mesh,
+        "ports": _PORTS,
+        "audience": AUDIENCE,
+        "app_user": APP_USER,
+        "sidecar_user": SIDECAR_USER,
+        "sidecar_args": [
+            "--config-path", f"{CONFIG_FOLDER}/bootstrap.yaml", "--service-node", "$(POD_NAME)",
+            "--concurrency", "1", "--disable-hot-restart", "--log-level", "warning",
+        ],
+        "folders": {"config": CONFIG_FOLDER, "run": RUN_FOLDER, "state": STATE_FOLDER, "api": API_FOLDER},
+    }  # fmt: skip
 
 
 @cache

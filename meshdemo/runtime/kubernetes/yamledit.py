@@ -95,8 +95,9 @@ def items(node: yaml.Node | None) -> list[yaml.Node]:
 
 
 def keys(node: yaml.Node | None) -> dict[str, yaml.Node]:
-    """The entries of a mapping node by key; empty for anything else."""
-    return {k.value: v for k, v in node.value} if isinstance(node, yaml.MappingNode) else {}
+    """The entries of a mapping node by key, where that is a scalar; empty for anything else."""
+    entries = node.value if isinstance(node, yaml.MappingNode) else ()
+    return {key.value: value for key, value in entries if isinstance(key, yaml.ScalarNode)}
 
 
 def line_end(text: str) -> str:
@@ -205,9 +206,26 @@ def _block(value: Any, column: int, newline: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _indented(value: str, column: int, newline: str) -> str:
     """`_block` of a value given as JSON: a thousand documents mostly get the same lines."""
-    lines = yaml.dump(json.loads(value), sort_keys=False, default_flow_style=False, width=10_000).splitlines()
+    text = yaml.dump(
+        json.loads(value), Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=10_000
+    )
+    first, *rest = text.splitlines()
     indent = " " * column
-    return newline.join(lines[:1] + [indent + line for line in lines[1:]]) + newline + indent
+    return newline.join([first, *(indent + line if line else "" for line in rest)]) + newline + indent
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines as a block, which people can read."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    node: yaml.Node = dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    )
+    return node
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _first_dash(text: str, sequence: yaml.SequenceNode) -> int:

@@ -1,0 +1,75 @@
+"""What `inject` puts into a pod template: the sidecar of a mesh, and the labels by which it knows the pod."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from meshdemo.apps.loader import load
+from meshdemo.control.kubernetes import MESH, SERVICE, VERSION
+from meshdemo.errors import BadInput
+from meshdemo.runtime.kubernetes import images
+from meshdemo.runtime.kubernetes.inject import PREFIX, Additions, PodTemplate
+from meshdemo.runtime.kubernetes.manifests import sidecar
+
+# Annotations of the user, on the workload or on its pod template.
+SKIP_INBOUND = PREFIX + "skip-inbound-ports"  # "9090,9100": traffic to these ports passes by the sidecar
+SKIP_OUTBOUND = PREFIX + "skip-outbound-ports"
+# Where a pod template says which service it is part of, in this order; else it is named like its workload.
+_SERVICE_LABELS = ("app.kubernetes.io/name", "app", "k8s-app")
+_VERSION_LABELS = ("app.kubernetes.io/version", "version")
+
+
+def default_image(base_image: str | None = None, registry: str | None = None) -> str:
+    """The sidecar's image as `up` builds it."""
+    built = images.recipes(load("pair"), base_image or images.BASE_IMAGE)
+    return built["sidecar"].reference(registry)
+
+
+def additions(pod: PodTemplate, mesh: str, image: str) -> Additions:
+    """What this pod template gets.
+
+    Raises:
+        BadInput: one of its annotations makes no sense.
+    """
+    parts = _parts(mesh, image, _ports(pod, SKIP_INBOUND), _ports(pod, SKIP_OUTBOUND))
+    labels = {
+        MESH: mesh,
+        SERVICE: next((pod.labels[key] for key in _SERVICE_LABELS if pod.labels.get(key)), pod.name),
+        VERSION: next((pod.labels[key] for key in _VERSION_LABELS if pod.labels.get(key)), "v1"),
+    }
+    return Additions(
+        init_containers=parts["init_containers"],
+        volumes=parts["volumes"],
+        labels={key: value for key, value in labels.items() if key not in pod.labels},
+    )
+
+
+def ours(mesh: str, image: str) -> Additions:
+    """What `uninject` takes away, whatever a single pod got of it."""
+    parts = _parts(mesh, image, (), ())
+    return Additions(
+        init_containers=parts["init_containers"],
+        volumes=parts["volumes"],
+        labels={MESH: mesh, SERVICE: "", VERSION: ""},
+    )
+
+
+@lru_cache(maxsize=64)
+def _parts(
+    mesh: str, image: str, skip_inbound: tuple[int, ...], skip_outbound: tuple[int, ...]
+) -> dict[str, Any]:
+    """Rendered once for the many workloads that get the same."""
+    return sidecar(mesh, image, skip_inbound=skip_inbound, skip_outbound=skip_outbound)
+
+
+def _ports(pod: PodTemplate, annotation: str) -> tuple[int, ...]:
+    ports = []
+    for word in pod.annotations.get(annotation, "").replace(",", " ").split():
+        if not (word.isascii() and word.isdigit() and 1 <= int(word) <= 65535):
+            raise BadInput(
+                f"{pod.kind} {pod.name}: annotation {annotation}: '{word}' is no port",
+                "give ports from 1 to 65535, separated by commas",
+            )
+        ports.append(int(word))
+    return tuple(ports)
