@@ -127,13 +127,14 @@ def _figures(found: dict[str, list[_Felt]]) -> list[Figure]:
         ),
         Figure(
             "fault.first", "From the start of the command until the first request feels it", "s", "lower",
-            values(lambda one: one.first), MESH,
+            values(lambda one: one.first), MESH, varies=True,
         ),
         Figure(
-            "fault.all", "... until every request feels it", "s", "lower", values(lambda one: one.all), MESH
+            "fault.all", "... until every request feels it", "s", "lower",
+            values(lambda one: one.all), MESH, varies=True,
         ),
         Figure(
             "fault.over", "From the start of `fault clear` until no request feels it", "s", "lower",
-            values(lambda one: one.over, MESH, APP), MESH,
+            values(lambda one: one.over, MESH, APP), MESH, varies=True,
         ),
     ]  # fmt: skip

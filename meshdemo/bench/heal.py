@@ -276,7 +276,7 @@ def _figures(
     ) -> None:
         if values.get(WATCH):
             figures.append(
-                Figure(f"heal.{key}", title, unit, "lower", values, WATCH, bars, observed=observed)
+                Figure(f"heal.{key}", title, unit, "lower", values, WATCH, bars, observed, varies=True)
             )
 
     for fault in FAULTS:

@@ -43,11 +43,16 @@ class Figure:
     ours: str = ""  # which alternative is the mesh; empty: there is no comparison
     bars: Sequence[Bar] = ()
     observed: float | None = None  # for values that may not come within the time that was observed
+    varies: bool = False  # by nature (where in a second a fault falls), so that it is no sign of noise
     note: str = ""
 
     def spread(self, alternative: str) -> Spread:
         """How the values of an alternative lie."""
         return spread(self.values[alternative])
+
+    def noisy(self, alternative: str) -> bool:
+        """Whether the values of an alternative lie too far apart to be believed."""
+        return not self.varies and self.spread(alternative).noisy
 
     def ratio(self, alternative: str) -> Spread | None:
         """Ours divided by the alternative, pair by pair; None where that makes no sense."""
@@ -68,7 +73,7 @@ class Figure:
             counted = lies.high if self.better == "lower" else lies.low
         else:
             counted = lies.median
-            if lies.noisy and lies.q1 < bar.limit < lies.q3:
+            if not self.varies and lies.noisy and lies.q1 < bar.limit < lies.q3:
                 return "unclear"
         met = counted <= bar.limit if self.better == "lower" else counted >= bar.limit
         return "met" if met else "missed"
@@ -80,7 +85,7 @@ class Figure:
             lies, ratio = spread(values), self.ratio(name)
             one = {
                 "alternative": name, "ours": name == self.ours, "values": [number(value) for value in values],
-                **_spread_json(lies), "noisy": lies.noisy,
+                **_spread_json(lies), "noisy": self.noisy(name),
                 "ratio_ours_to_this": None if ratio is None else _spread_json(ratio),
             }  # fmt: skip
             rows.append(one)

@@ -74,7 +74,7 @@ def _figures(result: SuiteResult) -> RenderableType:
             for bar in figure.bars:
                 if name == (bar.alternative or figure.ours) or len(figure.values) == 1:
                     notes.append_text(_verdict(figure, bar))
-            if lies.noisy:
+            if figure.noisy(name):
                 notes.append("~ noisy", "yellow")
             table.add_row(
                 f"{figure.title}{f' ({figure.note})' if figure.note else ''}" if not position else "",
