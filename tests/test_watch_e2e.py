@@ -1,7 +1,7 @@
 """watch, report and canary on a real local mesh, through the command line.
 
 The policy here has a patient latency objective: what is tested is that watch does the right thing, and a loaded
-machine is slow without anything being broken. How fast watch is stands in `bench_heal.py`.
+machine is slow without anything being broken. How fast watch is, `meshdemo bench heal` says.
 """
 
 from __future__ import annotations

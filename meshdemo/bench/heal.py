@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 import subprocess
 import threading
@@ -141,6 +142,7 @@ def _once(stage: Stage, fault: Fault, way: str) -> _Run:
         load = stack.enter_context(_load(stage, runtime))
         detected, open_alarms = stack.enter_context(_watching(stage, runtime, way))
         until("everything to be calm", lambda: _is_calm(load) and not open_alarms())
+        time.sleep(random.random())  # noqa: S311 (telemetry comes once a second: at any moment in it)
         started_at = faults.inject(runtime, fault.asked).fault.started_at
         start = time.monotonic() - (time.time() - started_at)
         end = start + OBSERVED_S

@@ -97,7 +97,8 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
         left_out=left_out,
         notes=[
             f"Closed loops by {closed_loop_tool()}; open loops by the project's own load engine, "
-            "whose own delay is in every latency, direct too.",
+            "whose own delay is in every latency, direct too. wrk 4 adds latencies for requests that it did "
+            "not send in time, so its high percentiles are those of a steady load.",
             "Memory is the resident memory of both proxies, shared pages counted twice.",
         ],
     )
