@@ -19,7 +19,7 @@ import yaml
 from envoy.config.cluster.v3.cluster_pb2 import Cluster
 from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.listener.v3.listener_pb2 import Listener
-from envoy.config.route.v3.route_components_pb2 import VirtualHost
+from envoy.config.route.v3.route_components_pb2 import VirtualHost  # with it, FilterConfig
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
 from envoy.config.trace.v3 import opentelemetry_pb2 as _tracer
 from envoy.extensions.access_loggers.grpc.v3 import als_pb2 as _als
@@ -341,8 +341,9 @@ class Renderer:
                 if service.protocol == "tcp":
                     chain = self._made("captured_tcp", Listener, service=name, split=splits[name])
                 else:
+                    grpc = service.protocol == "grpc"
                     chain = self._made(
-                        "listener_outbound", Listener, routes=f"outbound/{name}", traced=traced
+                        "listener_outbound", Listener, routes=f"outbound/{name}", grpc=grpc, traced=traced
                     )
                 chains.append((name, address, service.port, chain))
         outbound = self._once(
@@ -352,10 +353,15 @@ class Renderer:
             ),
         )
         ready = self._made("listener_ready", Listener, port=captured.READY_PORT)
-        by_name = self._made("listener_outbound", Listener, routes="outbound", traced=traced)
+        by_name = self._by_name(mesh, traced)
         proxy = self._once(("captured proxy", by_name), lambda: _Made(captured.proxy(by_name.message)))
         # One bundle each: what changes with the services must not have the others sent again.
         return tuple(self._bundle(xds.LISTENERS, [one]) for one in (outbound, proxy, ready))
+
+    def _by_name(self, mesh: MeshState, traced: str | None) -> _Made[Listener]:
+        """The outbound listener that reaches all services, by the names that requests carry."""
+        grpc = any(service.protocol == "grpc" for service in mesh.app.services.values())
+        return self._made("listener_outbound", Listener, routes="outbound", grpc=grpc, traced=traced)
 
     def _captured_inbound(self, of: _ServiceParts, port: int) -> xds.Bundle:
         """The listeners of such a pod that are its service's own."""
@@ -422,7 +428,7 @@ class Renderer:
                     access=rules if service.protocol == "tcp" else None,
                     traced=traced,
                 ),
-                self._made("listener_outbound", Listener, routes="outbound", traced=traced),
+                self._by_name(mesh, traced),
                 self._made("listener_plain", Listener, open_paths=open_paths(service)),
             ),
             inbound={},
