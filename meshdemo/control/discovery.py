@@ -488,6 +488,8 @@ def _names(bundles: tuple[xds.Bundle, ...]) -> frozenset[str]:
 
 def _changed(old: tuple[xds.Bundle, ...], new: tuple[xds.Bundle, ...]) -> frozenset[str]:
     """Names in `new` that are not the same in `old`."""
+    if not old:
+        return _names(new)
     if len(old) != len(new):
         before = {name: data for bundle in old for name, data in bundle.resources.items()}
         after = {name: data for bundle in new for name, data in bundle.resources.items()}
