@@ -112,8 +112,9 @@ def closed_loop(port: int, connections: int, seconds: float, path: str = "/work"
             "--seconds", f"{seconds:g}",
         ]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=seconds + 30, stdin=subprocess.DEVNULL
-    )
+        command, capture_output=True, text=True, check=False, timeout=seconds + 30, stdin=subprocess.DEVNULL,
+        start_new_session=True,  # see `Stage.start`
+    )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
         raise Failed(f"{Path(command[0]).name} failed: {(done.stderr or done.stdout).strip()[-300:]}")

@@ -164,7 +164,9 @@ def _pair(
         for caller in (False, True):
             port = stage.port()
             command = make(stage, program, {**keys, "port": port, "to": to, "caller": caller})
-            proxies.append(stack.enter_context(stage.running(name, command, port=port)))
+            # As the sidecars of a mesh, both are in one session; the server is in one of its own.
+            running = stage.running(name, command, port=port, together=True)
+            proxies.append(stack.enter_context(running))
             to = port
         yield Way(name, to, _family(proxies))
 

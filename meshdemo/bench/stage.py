@@ -164,20 +164,23 @@ class Stage:
 
     def start(
         self, name: str, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None,
-        stdout: int | None = None,
+        stdout: int | None = None, together: bool = False,
     ) -> Process:  # fmt: skip
         """Start a program in a process group of its own.
 
         Args:
             env: variables on top of this process's own.
             stdout: where it goes (`subprocess.PIPE`); default: with stderr into a log.
+            together: in one session with others that are started so. Linux shares the processors between
+                sessions first (sched_autogroup), and what is compared should get the same share.
         """
         log = self.path(f"{name}.log")
         with log.open("wb") as file:
             popen = subprocess.Popen(
                 [str(part) for part in command], stdin=subprocess.DEVNULL,
                 stdout=file if stdout is None else stdout, stderr=file,
-                env={**os.environ, **(env or {})}, start_new_session=True,
+                env={**os.environ, **(env or {})}, start_new_session=not together,
+                process_group=0 if together else None,
             )  # fmt: skip
         process = Process(name, popen, log)
         self._started.append(process)

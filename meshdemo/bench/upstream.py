@@ -20,6 +20,7 @@ def main() -> None:
     port = int(os.environ["PORT"])
     path = Path(os.environ["FOLDER"]) / f"upstream-{port}.yaml"
     path.write_text(template.render(port=port))
+    os.setsid()  # its share of the processors is its own, not that of the mesh (see `Stage.start`)
     command = envoy_arguments(find_envoy(), path)
     os.execv(command[0], command)  # noqa: S606 (no shell is what is meant)
 
