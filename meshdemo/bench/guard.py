@@ -32,12 +32,11 @@ def main() -> None:
 def remove(mark: str, folder: Path) -> None:
     """End the run's meshes and processes, and remove its files."""
     from meshdemo.errors import MeshdemoError
-    from meshdemo.runtime.local.paths import names
-    from meshdemo.runtime.local.runtime import LocalRuntime
+    from meshdemo.runtime.select import everything
 
-    for name in names():  # MESHDEMO_HOME is a folder of the run
+    for runtime in everything():  # MESHDEMO_HOME is a folder of the run
         with suppress(MeshdemoError, OSError):
-            LocalRuntime(name).down()
+            runtime.down()
     _kill_all(mark)
     shutil.rmtree(folder, ignore_errors=True)
 

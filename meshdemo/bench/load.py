@@ -56,7 +56,7 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
     found, failures = _Found(), list[str]()
     clients = [one for one in CLIENTS if one.there]
     seconds = scale.seconds(10, quick=4)
-    for number in range(scale.rounds(5, quick=1)):
+    for number in range(scale.rounds(3, quick=1)):
         for what, measure in (("the rate", _rate), ("many in flight", _flight), ("a stall", _stall)):
             tell(f"round {number + 1}, {what}")
             with attempt(f"round {number + 1}, {what}", failures):

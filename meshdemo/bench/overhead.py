@@ -105,12 +105,12 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
 
 
 def _measure(stage: Stage, way: Way, scale: Scale) -> _Round:
-    one = closed_loop(way.port, 1, scale.seconds(3, quick=1))
+    one = closed_loop(way.port, 1, scale.seconds(2, quick=1))
     used = way.cpu_s()
-    many = closed_loop(way.port, CONNECTIONS, scale.seconds(3, quick=1))
+    many = closed_loop(way.port, CONNECTIONS, scale.seconds(2, quick=1))
     cpu_ms = (way.cpu_s() - used) * 1000 / many.requests * 1000
     memory_mb = way.memory_mb()
-    open_s = {rate: _open(stage, way, rate, scale.seconds(4, quick=2)) for rate in RATES}
+    open_s = {rate: _open(stage, way, rate, scale.seconds(3, quick=2)) for rate in RATES}
     failed = one.errors + many.errors + sum(map(math.isinf, itertools.chain(*open_s.values())))
     return _Round(one.us, many.rps, cpu_ms, memory_mb, open_s, failed)
 

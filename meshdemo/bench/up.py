@@ -1,7 +1,7 @@
 """How long `up` takes, step by step, and what an idle mesh uses.
 
 On the local runtime there is nothing to compare with. On kind (where Docker and kind are installed) it is
-next to the same steps by hand, one after another (`by_hand`).
+next to the same steps by hand, one after another (`up_kind`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from meshdemo.bench.model import Bar, Figure, Findings
+from meshdemo.bench import up_kind
+from meshdemo.bench.model import Bar, Figure, Findings, LeftOut
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.stage import Stage, Tell, attempt
 from meshdemo.errors import Failed
@@ -57,17 +58,27 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
                 down.append(_command(runtime, "down")[0])
             finally:
                 runtime.down()
-    if not up:
-        return Findings(notes=failures)
-    return Findings(
-        figures=[
+    figures, left_out = list[Figure](), list[LeftOut]()
+    if scale.quick:
+        left_out.append(LeftOut(up_kind.KIND, "it takes minutes, and this is a quick run"))
+    elif (why := up_kind.missing()) is not None:
+        left_out.append(why)
+    else:
+        with attempt("kind", failures):
+            figures += up_kind.measure(scale.rounds(3, quick=1), tell)
+    if up:
+        figures = [
             Figure("up.local", "`meshdemo up`", "s", "lower", {LOCAL: up}, LOCAL, [Bar(5)]),
             Figure("up.steps", "... of this, by step", "s", "lower", steps),
             Figure("up.down", "`meshdemo down`", "s", "lower", {LOCAL: down}, LOCAL),
             Figure("up.stat", "`meshdemo stat`", "s", "lower", {LOCAL: stat}, LOCAL),
             Figure("up.cpu", "Idle mesh: processor, of one", "%", "lower", {LOCAL: cpu}, LOCAL, [Bar(20)]),
             Figure("up.memory", "Idle mesh: memory", "MB", "lower", {LOCAL: memory}, LOCAL, [Bar(700)]),
-        ],
+            *figures,
+        ]
+    return Findings(
+        figures=figures,
+        left_out=left_out,
         notes=[
             *failures,
             "Steps run side by side where they can. Memory is that of all processes, what they share counted "

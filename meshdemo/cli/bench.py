@@ -40,8 +40,8 @@ def command(
 ) -> None:  # fmt: skip
     """What the mesh costs and how fast it heals, on this machine, next to the alternatives.
 
-    Takes minutes: overhead 5, fault 3, heal 25, controlplane 4, up 1, load 2; with --quick one or less each,
-    heal 3. Everything runs in meshes of its own, which are gone afterwards.
+    About three quarters of an hour for all, of which heal is half an hour; eight minutes with --quick.
+    Everything runs in meshes of its own, which are gone afterwards.
     """
     from meshdemo.bench import runner
     from meshdemo.bench.scale import Scale
@@ -53,6 +53,8 @@ def command(
     if html is not None:
         _write(html, "")  # complains now, not after an hour
     scale = Scale(quick=quick, runs=runs, large=large)
+    if context.chatty and runs is None:
+        context.stderr.print(f"about {max(1, round(runner.minutes(names, scale)))} minutes")
     report = None
     with _context.stoppable(), _progress(context) as tell:
         for report in runner.run(names, scale, tell):
