@@ -48,11 +48,12 @@ def board(mesh: Cli) -> dict[str, int]:
 
 @pytest.mark.xdist_group("emojivoto")
 def test_the_exercise(mesh: Cli) -> None:
-    # Who is not well?
-    rates = wait_for("signals of web", lambda: success(mesh, "web"))
-    assert 0.7 < rates["web"] < 0.95
-    assert 0.7 < wait_for("signals of voting", lambda: success(mesh, "voting"))["voting"] < 0.95
-    assert wait_for("signals of emoji", lambda: success(mesh, "emoji"))["emoji"] == 1
+    # Who is not well? (In its first seconds, on a busy machine, anybody may fail for reasons of its own.)
+    for service, low, high in (("web", 0.7, 0.95), ("voting", 0.7, 0.95), ("emoji", 1, 1)):
+        wait_for(
+            f"{service} succeeds with {low} to {high}",
+            lambda service=service, low=low, high=high: low <= success(mesh, service)[service] <= high,
+        )
     # Which method, which choice?
     assert success(mesh, "voting", "--by", "route").keys() == {"Vote"}
     events = [
