@@ -228,6 +228,17 @@ def test_a_killed_supervisor_takes_everything_with_it(cli: Cli, then: str) -> No
         assert cli.leftovers() == []
 
 
+def test_a_supervisor_that_is_told_to_end_keeps_the_state(cli: Cli) -> None:
+    """As when the machine shuts down."""
+    cli.run("up", "--replicas", "service-b=1", "--rps", "30")
+    kill(cli.process("supervisor"), signal.SIGTERM)
+    wait_for("everything gone", lambda: not find(cli.paths.state))
+    assert not cli.paths.sockets.exists()
+    cli.run("up")
+    assert len(cli.describe()["instances"]) == 2
+    assert cli.describe()["spec"]["rps"] == 30
+
+
 def test_a_killed_group_is_cleaned_up_by_the_next(cli: Cli) -> None:
     """Supervisor and guard at once: nobody is left to clean up, but the next command."""
     cli.run("up", "--replicas", "service-b=1")

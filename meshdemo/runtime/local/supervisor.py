@@ -182,6 +182,8 @@ class Supervisor:
             return_exceptions=True,
         )
         self.paths.api.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.paths.sockets.rmdir()  # `up` makes it again; the state is `down`'s to remove
         if self._guard is not None:
             # Not through the pipe's end, at which it would kill us too.
             self._guard.kill()
