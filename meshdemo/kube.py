@@ -30,6 +30,7 @@ Manifest = dict[str, Any]
 # So long an API server may be away in the middle of things (it is being upgraded, or very busy).
 PATIENCE_S = 30.0
 _CONNECT_S, _READ_S = 5.0, 30.0
+_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class Cluster:
     def __init__(self, configuration: api.Configuration, *, patience_s: float = PATIENCE_S) -> None:
         self.configuration = configuration
         self.url: str = configuration.host
+        self._patience_s = patience_s
         # Pauses of 0, 0.5, 1, 2, 2, ... s: so many retries are the patience asked for.
         retries = int(patience_s / 2) + 2 if patience_s else 0
         configuration.retries = urllib3.Retry(
@@ -163,28 +165,38 @@ class Cluster:
         read_timeout_s: float | None = _READ_S,
     ) -> Any:
         """One request; its JSON answer, or with `stream` the response itself, to be read as it comes."""
-        # urllib3 reads (connect, None) as: wait for as long as it takes.
-        timeout = (_CONNECT_S, read_timeout_s)
-        try:
-            response = self._dynamic.request(
-                method,
-                path,
-                body=body,
-                content_type=content_type,
-                query_params=list((query or {}).items()),
-                _request_timeout=timeout,
-                serialize=False,
-            )
-            return response if stream else json.loads(response.data or b"{}")
-        except DynamicApiError as error:
-            raise _api_error(method, path, error) from None
-        except urllib3.exceptions.HTTPError as error:
-            raise ApiError(
-                0,
-                "Unreachable",
-                f"the API server at {self.url} does not answer: {_cause(error)}",
-                "is the cluster running, and does the kubeconfig name the right one?",
-            ) from None
+        give_up = time.monotonic() + self._patience_s
+        while True:
+            try:
+                # urllib3 reads (connect, None) as: wait for as long as it takes.
+                response = self._dynamic.request(
+                    method,
+                    path,
+                    body=body,
+                    content_type=content_type,
+                    query_params=list((query or {}).items()),
+                    _request_timeout=(_CONNECT_S, read_timeout_s),
+                    serialize=False,
+                )
+                return response if stream else json.loads(response.data or b"{}")
+            except DynamicApiError as error:
+                raise _api_error(method, path, error) from None
+            except urllib3.exceptions.ProtocolError as error:
+                # The connection broke in the middle of an answer, which the retries of urllib3 do not cover.
+                # What is asked here may be asked twice: it applies, or names what it creates.
+                if time.monotonic() > give_up:
+                    raise self._unreachable(error) from None
+                time.sleep(_PAUSE_S)
+            except urllib3.exceptions.HTTPError as error:
+                raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> ApiError:
+        return ApiError(
+            0,
+            "Unreachable",
+            f"the API server at {self.url} does not answer: {_cause(error)}",
+            "is the cluster running, and does the kubeconfig name the right one?",
+        )
 
     def version(self) -> tuple[int, int]:
         """Major and minor version of the API server; a failure here means that it cannot be used at all."""

@@ -95,6 +95,30 @@ def test_a_server_that_is_away_for_a_while_is_waited_for() -> None:
     thread.join()
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
+    from kubernetes import client as api
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    configuration = api.Configuration()
+    configuration.host = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def serve() -> None:
+        body = b'{"metadata": {"name": "p"}}'
+        for sent in (body[:5], body):
+            connection, _ = listener.accept()
+            connection.recv(4096)
+            connection.sendall(
+                b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), sent)
+            )
+            connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert Cluster(configuration).get("Pod", "p", "n") == {"metadata": {"name": "p"}}
+    thread.join()
+    listener.close()
+
+
 def test_a_dead_cluster_is_told_at_once() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -106,11 +106,11 @@ def is_state(manifest: Manifest) -> bool:
 def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
     """All objects of a mesh as YAML, by what they are about, in the order in which they are applied."""
     found = {
-        "namespace": _render("namespace", spec, site),
-        "state": _render("state", spec, site),
+        "namespace": _render("namespace", spec.mesh, site),
+        "state": _render("state", spec.mesh, site),
         "control-plane": _render(
             "control-plane",
-            spec,
+            spec.mesh,
             site,
             cluster_role=f"meshdemo:{site.namespace}:control-plane",
             sidecar_files=_sidecar_files(site),
@@ -122,17 +122,17 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
     }  # fmt: skip
     for service in spec.app.services:
         if spec.versions(service):
-            found[service] = _render("service", spec, site, **_of_service(spec.app, service))
+            found[service] = _render("service", spec.mesh, site, **_of_service(spec.app, service))
     for key in spec.workloads:
         found[key] = _workload(spec, site, key)
     if site.observability:
         found |= _observability(spec, site)
     if site.service_monitor:
-        found["service-monitor"] = _render("service-monitor", spec, site)
+        found["service-monitor"] = _render("service-monitor", spec.mesh, site)
     if site.watch is not None:
         here = Record(kind="kubernetes", mesh=spec.mesh, inside=True).model_dump_json()
         found["watch"] = _render(
-            "watch", spec, site, record=here, policy=site.watch, content_hash=_hash(here, site.watch)
+            "watch", spec.mesh, site, record=here, policy=site.watch, content_hash=_hash(here, site.watch)
         )
     return found
 
@@ -143,7 +143,7 @@ def _observability(spec: MeshSpec, site: Site) -> dict[str, str]:
     return {
         "prometheus": _render(
             "prometheus",
-            spec,
+            spec.mesh,
             site,
             prometheus_image=PROMETHEUS_IMAGE,
             prometheus_config=config,
@@ -153,7 +153,7 @@ def _observability(spec: MeshSpec, site: Site) -> dict[str, str]:
         ),
         "grafana": _render(
             "grafana",
-            spec,
+            spec.mesh,
             site,
             grafana_image=GRAFANA_IMAGE,
             grafana_files=site.grafana,
@@ -168,9 +168,10 @@ def _hash(*texts: str) -> str:
     return "h" + hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
-def workload(spec: MeshSpec, site: Site, key: str) -> Manifest:
-    """The Deployment of one workload (`service/version`)."""
-    manifest: Manifest = yaml.load(_workload(spec, site, key), Loader=_Loader)  # noqa: S506 - a safe loader
+def namespace(mesh: str, name: str) -> Manifest:
+    """The namespace of a mesh."""
+    text = _render("namespace", mesh, Site(namespace=name, images={}))
+    manifest: Manifest = yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
     return manifest
 
 
@@ -185,7 +186,7 @@ def _workload(spec: MeshSpec, site: Site, key: str) -> str:
         env["RPS"] = "0"
     return _render(
         "workload",
-        spec,
+        spec.mesh,
         site,
         **_of_service(spec.app, one.service),
         version=one.version,
@@ -269,8 +270,8 @@ def kind_config(*, workers: int, ports: Mapping[int, int]) -> str:
     return _environment().get_template("kubernetes/kind.yaml.j2").render(workers=workers, ports=ports)
 
 
-def _render(template: str, spec: MeshSpec, site: Site, **values: Any) -> str:
-    common = {**_common(spec.mesh), "redirect_rules": redirect_rules()}
+def _render(template: str, mesh: str, site: Site, **values: Any) -> str:
+    common = {**_common(mesh), "redirect_rules": redirect_rules()}
     text = (
         _environment()
         .get_template(f"kubernetes/{template}.yaml.j2")

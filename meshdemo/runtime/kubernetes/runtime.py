@@ -173,11 +173,14 @@ class KubernetesRuntime:
         (`instance`) is not among `revisions`: its pod is replaced by one with another environment, under
         another name (`WorkloadRevision.instance`), and that ends with the next rollback.
         """
-        began = time.time()
         spec = self.spec_map.load()
+        lasts_s = None if expires_at is None else expires_at - time.time()
+        if expires_at is not None:
+            # It lasts so long from when it is felt, and pods take a while to start: until then, longer.
+            expires_at += 2 * _ROLLOUT_S
         if instance is not None:
             one = self._set_env_of_one(spec, instance, env, reason, expires_at, fault_id)
-            self._postpone(fault_id, time.time() - began)
+            self._let_it_last(fault_id, lasts_s)
             return one
         versions = [version] if version else spec.versions(service)
         spec.workload(service, version or next(iter(versions), ""))  # says what is wrong with the names
@@ -191,23 +194,23 @@ class KubernetesRuntime:
             return specs.timer_for(workload, env, instance=None, expires_at=expires_at, fault_id=fault_id)
 
         rolled = self._roll(service, versions, change, timer=timer)
-        self._postpone(fault_id, time.time() - began)
+        self._let_it_last(fault_id, lasts_s)
         return rolled[-1]
 
-    def _postpone(self, fault_id: str | None, seconds: float) -> None:
-        """A fault for a time lasts so long from when it is felt: pods took these seconds to start."""
+    def _let_it_last(self, fault_id: str | None, seconds: float | None) -> None:
+        """A fault that is felt from now on ends after so many seconds."""
+        if seconds is None:
+            return
+        ends = {"expires_at": time.time() + seconds}
 
-        def later(spec: specs.MeshSpec) -> specs.MeshSpec:
+        def begin(spec: specs.MeshSpec) -> specs.MeshSpec:
             timers = tuple(
-                timer.model_copy(update={"expires_at": timer.expires_at + seconds})
-                if timer.fault_id == fault_id
-                else timer
+                timer.model_copy(update=ends) if timer.fault_id == fault_id else timer
                 for timer in spec.timers
             )
             return spec.model_copy(update={"timers": timers})
 
-        if fault_id is not None:
-            self.spec_map.change(later)
+        self.spec_map.change(begin)
 
     def rollback(self, service: str, version: str, revision: int, *, reason: str) -> WorkloadRevision:
         """Roll out again what `revision` ran with, as a new revision."""

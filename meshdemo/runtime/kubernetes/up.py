@@ -301,10 +301,11 @@ class _Up:
     def _prepare(self, tell: Callable[[str], None]) -> None:
         """Everything but what runs: namespace, state, accounts and rights, services."""
         cluster, namespace = self._runtime.cluster, self._runtime.namespace
+        tell("namespace")
+        first = manifests.namespace(self._options.name, namespace)
+        apply.apply(cluster, [first], timeout_s=self._left())
         parts = [one for one in self._objects if one["kind"] != "Deployment"]
         state = [one for one in parts if manifests.is_state(one)]
-        tell("namespace")
-        apply.apply(cluster, [one for one in parts if one["kind"] == "Namespace"], timeout_s=self._left())
         for manifest in state:
             _make_once(cluster, manifest, namespace)
         _fill_state(cluster, self._options.name, namespace)

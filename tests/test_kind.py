@@ -1,0 +1,520 @@
+"""The whole story on a real kind cluster. `pytest -m kind -s` shows the figures.
+
+Needs docker, kind, a node image (MESHDEMO_KIND_IMAGE) and a base image (MESHDEMO_BASE_IMAGE); says so, loudly,
+where it could not run. One cluster serves all tests of this module, in their order.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kind_harness import BASE_IMAGE, Mesh, api_server_away, on_kind, require, say, until
+
+from meshdemo.kube import ApiError
+from meshdemo.runtime.kubernetes import apply, kind, manifests
+
+pytestmark = [pytest.mark.kind, pytest.mark.xdist_group("kind")]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    require()
+    began = time.monotonic()
+    with on_kind(tmp_path_factory.mktemp("kind"), "--rps", "100") as found:
+        say(f"up on kind after {time.monotonic() - began:.1f} s")
+        yield found
+
+
+# -- it is there -------------------------------------------------------------------------------------------
+
+
+def test_the_mesh_is_up_and_secured(mesh: Mesh) -> None:
+    status = mesh.json("status")
+    assert (status["runtime"], status["ready"], status["app"]) == ("kind", True, "pair")
+    assert len(mesh.ids("service-b")) == 2
+    (edge,) = until(lambda: [one for one in mesh.json("edges") if one["caller"] == "service-a"], "an edge")
+    assert edge["secured"] is True
+    assert edge["identity"] == f"spiffe://{mesh.name}/ns/{mesh.name}/sa/service-a"
+    row = until(
+        lambda: next((r for r in mesh.json("stat", "service-b") if r["requests"] > 300), None), "signals"
+    )
+    assert row["success_rate"] == 1
+    assert 60 < row["rps"] < 140
+
+
+def test_up_again_changes_nothing_that_is_right(mesh: Mesh) -> None:
+    pods = {pod["metadata"]["uid"] for pod in mesh.cluster.find("Pod", mesh.name)}
+    assert "nothing to change" in mesh.run("up", "--runtime", "kind", "--rps", "100")
+    assert {pod["metadata"]["uid"] for pod in mesh.cluster.find("Pod", mesh.name)} == pods
+
+
+def test_the_cluster_runs_what_render_prints(mesh: Mesh) -> None:
+    printed = [one for one in yaml.safe_load_all(mesh.run("render", "kubernetes")) if one]
+    for manifest in printed:
+        meta = manifest["metadata"]
+        found = mesh.cluster.get(manifest["kind"], meta["name"], meta.get("namespace"))
+        assert found is not None, (manifest["kind"], meta["name"])
+        if not manifests.is_state(manifest) and manifest["kind"] != "Namespace":
+            assert any(
+                entry["manager"] == "meshdemo" and entry["operation"] == "Apply"
+                for entry in found["metadata"]["managedFields"]
+            )
+
+
+def test_what_cannot_be_pulled_is_said_and_not_waited_for(mesh: Mesh) -> None:
+    """No registry can be relied on here: the mesh is up all the same."""
+    endpoints = mesh.json("status")["endpoints"]
+    assert endpoints["prometheus"].startswith("http://127.0.0.1:")
+    deployment = mesh.cluster.get("Deployment", "prometheus", mesh.name)
+    assert deployment is not None
+
+
+# -- who reaches whom --------------------------------------------------------------------------------------
+
+
+def ask(url: str) -> str:
+    return (
+        "import urllib.request as u, urllib.error as e\n"
+        "try:\n"
+        f"    print(u.urlopen({url!r}, timeout=5).status)\n"
+        "except e.HTTPError as error:\n"
+        "    print(error.code)\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def stranger(mesh: Mesh) -> str:
+    """A pod that is in no mesh, and serves plain HTTP on port 8000."""
+    image = mesh.pod(mesh.ids()[0])["spec"]["containers"][0]["image"]
+    pod = {
+        "metadata": {"name": "stranger", "labels": {"app": "stranger"}},
+        "spec": {
+            "terminationGracePeriodSeconds": 0,
+            "containers": [
+                {"name": "app", "image": image, "command": ["python3", "-m", "http.server", "8000"]}
+            ],
+        },
+    }
+    mesh.cluster.create("Pod", pod, mesh.name)
+    service = {
+        "metadata": {"name": "stranger"},
+        "spec": {"selector": {"app": "stranger"}, "ports": [{"port": 8000}]},
+    }
+    mesh.cluster.create("Service", service, mesh.name)
+    until(lambda: apply.is_ready(mesh.pod("stranger")), "the stranger")
+    return "stranger"
+
+
+def test_plain_text_into_a_meshed_port_is_refused(mesh: Mesh, stranger: str) -> None:
+    address = mesh.pod(mesh.ids()[0])["status"]["podIP"]
+    assert mesh.python(stranger, ask(f"http://{address}:5000/work")).strip() == "403"
+    assert mesh.python(stranger, ask("http://service-b:5000/work")).strip() == "403"
+    # Declared paths are open, exactly as they are written; ways around that are not.
+    assert mesh.python(stranger, ask(f"http://{address}:5000/healthz")).strip() == "200"
+    assert mesh.python(stranger, ask(f"http://{address}:15020/metrics")).strip() == "200"
+    for trick in ("//work", "/healthz/../work", "/healthz%2f..%2fwork", "/work?/healthz"):
+        assert mesh.python(stranger, ask(f"http://{address}:5000{trick}")).strip() in {"400", "403", "404"}, (
+            trick
+        )
+    # The sidecar's own ports lead nowhere, and above all not in a circle.
+    for port in (15001, 15006):
+        assert not mesh.python(stranger, ask(f"http://{address}:{port}/work")).strip().isdigit()
+    assert mesh.python(mesh.ids()[0], ask("http://127.0.0.1:15001/")).strip()[:1] not in {"2", "3"}
+
+
+def test_traffic_to_what_is_in_no_mesh_passes(mesh: Mesh, stranger: str) -> None:
+    caller = mesh.ids("service-a")[0]
+    assert mesh.python(caller, ask("http://stranger:8000/")).strip() == "200"
+    # The API server, TLS and all, at the address that every pod is told.
+    code = "import socket, ssl; c = ssl.create_default_context(); c.check_hostname = False; c.verify_mode = 0; print(c.wrap_socket(socket.create_connection(('kubernetes.default.svc', 443), 5)).version())"
+    assert mesh.python(caller, code).strip().startswith("TLSv1")
+
+
+def test_a_service_is_told_by_its_address_not_by_what_a_request_says(mesh: Mesh, stranger: str) -> None:
+    """A request to the stranger that claims to be for service-b goes to the stranger."""
+    code = (
+        "import http.client as h; c = h.HTTPConnection('stranger', 8000, timeout=5);"
+        "c.request('GET', '/', headers={'Host': 'service-b:5000'}); print(c.getresponse().getheader('server'))"
+    )
+    assert "SimpleHTTP" in mesh.python(mesh.ids("service-a")[0], code)
+
+
+def test_access_is_denied_at_once_and_allowed_again(mesh: Mesh) -> None:
+    caller = mesh.ids("service-a")[0]
+    mesh.run("access", "deny", "service-a", "service-b")
+    assert mesh.python(caller, ask("http://service-b:5000/work")).strip() == "403"
+    mesh.run("access", "allow", "service-a", "service-b")
+    assert mesh.python(caller, ask("http://service-b:5000/work")).strip() == "200"
+
+
+# -- faults ------------------------------------------------------------------------------------------------
+
+
+def quiet(mesh: Mesh) -> None:
+    """Nothing is broken any more."""
+    mesh.run("fault", "clear")
+    until(
+        lambda: all(
+            row["success_rate"] == 1
+            for row in mesh.json("stat", "service-b", "--window", "3s")
+            if row["requests"]
+        ),
+        "a healthy service-b",
+    )
+
+
+def test_a_fault_in_the_app_is_a_new_revision(mesh: Mesh) -> None:
+    fault = mesh.json("fault", "--lat", "50", "--err", "0.5")
+    assert fault["at"] == "app"
+    pods = [mesh.pod(name) for name in mesh.ids()]
+    env = {variable["name"]: variable.get("value") for variable in pods[0]["spec"]["containers"][0]["env"]}
+    assert (env["LAT_MS"], env["ERR_RATE"]) == ("50", "0.5")
+    until(lambda: mesh.json("stat", "service-b", "--window", "3s")[0]["success_rate"] < 0.7, "errors")
+    mesh.run("fault", "clear")
+    assert mesh.json("fault", "list") == []
+    quiet(mesh)
+
+
+def test_a_fault_in_the_sidecars_restarts_nothing(mesh: Mesh) -> None:
+    before = mesh.ids()
+    fault = mesh.json("fault", "--err", "1", "--at", "mesh", "--instance", before[0])
+    say(f"a mesh fault is in force after {fault['effective_ms']:.0f} ms on {fault['sidecars']} sidecars")
+    until(
+        lambda: (
+            next(
+                r
+                for r in mesh.json("stat", "service-b", "--by", "instance", "--window", "3s")
+                if r["instance"] == before[0]
+            )["success_rate"]
+            == 0
+        ),
+        "errors of one",
+    )
+    assert mesh.ids() == before
+    quiet(mesh)
+
+
+def test_one_instance_can_deviate_for_a_time(mesh: Mesh) -> None:
+    victim = mesh.ids()[0]
+    with mesh.no_request_lost("one pod replaced by another, and back"):
+        mesh.run("fault", "--lat", "40", "--instance", victim, "--for", "5s")
+        after = mesh.ids()
+        assert victim not in after
+        assert len(after) == 2
+        deviating = [
+            name for name in after if "meshdemo.dev/instance-env" in mesh.pod(name)["metadata"]["annotations"]
+        ]
+        assert len(deviating) == 1
+        until(lambda: len(mesh.ids()) == 2 and deviating[0] not in mesh.ids(), "the end of the fault")
+        until(lambda: mesh.json("status")["ready"], "all ready")
+    assert mesh.json("fault", "list") == []
+
+
+# -- nothing is lost ---------------------------------------------------------------------------------------
+
+
+def replace_all(mesh: Mesh) -> None:
+    restarted = {"spec": {"template": {"metadata": {"annotations": {"restarted": str(time.time())}}}}}
+    mesh.cluster.patch("Deployment", "service-b-v1", mesh.name, restarted)
+    apply.await_rollout(mesh.cluster, mesh.name, ["service-b-v1"], timeout_s=180)
+
+
+def delete_one(mesh: Mesh) -> None:
+    mesh.cluster.delete("Pod", mesh.ids()[0], mesh.name)
+    time.sleep(1)
+    apply.await_rollout(mesh.cluster, mesh.name, ["service-b-v1"], timeout_s=180)
+
+
+def scale_down(mesh: Mesh) -> None:
+    runtime = mesh.runtime
+    runtime.scale("service-b", "v1", 3, reason="test")
+    runtime.scale("service-b", "v1", 2, reason="test")
+
+
+def restart_control_plane(mesh: Mesh) -> None:
+    runtime = mesh.runtime
+    runtime.cluster.delete("Pod", runtime._control_pod(), mesh.name)
+    time.sleep(1)
+    apply.await_rollout(runtime.cluster, mesh.name, ["control-plane"], timeout_s=180)
+
+
+@pytest.mark.parametrize("disturb", [replace_all, delete_one, scale_down, restart_control_plane])
+def test_no_request_fails(mesh: Mesh, disturb: Callable[[Mesh], None]) -> None:
+    for _ in range(2):
+        with mesh.no_request_lost(disturb.__name__):
+            disturb(mesh)
+
+
+def test_a_restarted_control_plane_has_forgotten_nothing(mesh: Mesh) -> None:
+    mesh.run("traffic", "set", "service-b", "--timeout", "7s")
+    fault = mesh.json("fault", "--lat", "1", "--at", "mesh")
+    events = mesh.runtime.control().events()
+    time.sleep(1.5)  # the journal is carried to the cluster once a second
+    restart_control_plane(mesh)
+    assert [one["id"] for one in mesh.json("fault", "list")] == [fault["id"]]
+    until(lambda: mesh.json("status")["ready"], "the mesh")
+    client = mesh.runtime.control()
+    assert client.traffic()["service-b"].timeout_ms == 7000
+    again = client.events()
+    assert again.seq >= events.seq
+    assert [event["seq"] for event in again.events][: len(events.events)] == [
+        event["seq"] for event in events.events
+    ]
+    quiet(mesh)
+
+
+def test_the_control_plane_is_small(mesh: Mesh) -> None:
+    from meshdemo.runtime.kubernetes.forward import run
+
+    runtime = mesh.runtime
+    said = run(runtime.cluster, mesh.name, runtime._control_pod(), "control-plane", ["cat", "/proc/1/status"])
+    used_mb = int(next(line.split()[1] for line in said.splitlines() if line.startswith("VmRSS"))) / 1024
+    say(f"the control plane uses {used_mb:.0f} MB")
+    assert used_mb < 120
+
+
+# -- healing -----------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "error rate 0.3 of the app": ("--err", "0.3"),
+    "latency 400 ms of the app": ("--lat", "400"),
+    "one instance at 50 % errors": ("--err", "0.5", "--at", "mesh", "--instance", "ONE"),
+    "one instance hung": ("--hang", "--instance", "ONE"),
+    "one instance killed": ("--crash", "--instance", "ONE"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_watch_heals(mesh: Mesh, fault: str) -> None:
+    until(lambda: mesh.json("status")["ready"], "the mesh to be ready")
+    quiet(mesh)
+    watch = subprocess.Popen(
+        [sys.executable, "-m", "meshdemo", "--name", mesh.name, "watch", "--for", "180s", "-o", "jsonl"],
+        env=mesh.env, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert watch.stdout is not None
+    events: list[dict[str, Any]] = []
+    try:
+        for line in watch.stdout:
+            event = json.loads(line)
+            if event["event"] == "started":
+                words = [mesh.ids()[0] if word == "ONE" else word for word in FAULTS[fault]]
+                mesh.run("fault", *words)
+            if event["event"] != "signals":
+                events.append(event)
+            if event["event"] in {"healed", "gave_up"}:
+                break
+    finally:
+        watch.terminate()
+        watch.wait(30)
+    said = [event["event"] for event in events]
+    assert said[-1] == "healed", events
+    violated = next(event for event in events if event["event"] == "violated")
+    detect_s, recover_s = violated.get("detect_s"), events[-1].get("recover_s")
+    remedies = [event.get("remedy") for event in events if event["event"] == "chosen"]
+    say(f"{fault}: detected after {detect_s} s, healthy again after {recover_s} s by {remedies}")
+    quiet(mesh)
+    until(lambda: mesh.json("status")["ready"], "the mesh to be ready")
+
+
+def test_remedies_leave_events(mesh: Mesh) -> None:
+    victim = mesh.ids()[0]
+    mesh.runtime.control().eject(victim, reason="a test", by="test")
+    found = until(
+        lambda: [
+            e
+            for e in mesh.cluster.find("Event", mesh.name, fields=f"involvedObject.name={victim}")
+            if e["reason"] == "Ejected"
+        ],
+        "the Event",
+    )
+    assert "a test" in found[0]["message"]
+    mesh.runtime.control().readmit(victim)
+    mesh.runtime.restart(victim, reason="another test")
+    (event,) = [
+        e
+        for e in mesh.cluster.find("Event", mesh.name, fields=f"involvedObject.name={victim}")
+        if e["reason"] == "Restarted"
+    ]
+    assert event["message"] == "another test"
+    assert victim not in mesh.ids()
+
+
+def test_two_watches_do_not_fight(mesh: Mesh) -> None:
+    with mesh.runtime.watch_lock():
+        assert "runs already" in mesh.run("watch", "--for", "5s", "--plain", status=1)
+
+
+def test_an_autoscaler_is_left_in_peace(mesh: Mesh) -> None:
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "service-b-v1"}
+    hpa = {
+        "metadata": {"name": "busy"},
+        "spec": {"scaleTargetRef": target, "minReplicas": 2, "maxReplicas": 3},
+    }
+    mesh.cluster.create("HorizontalPodAutoscaler", hpa, mesh.name)
+    try:
+        with pytest.raises(Exception, match="the autoscaler busy decides"):
+            mesh.runtime.scale("service-b", "v1", 5, reason="test")
+    finally:
+        mesh.cluster.delete("HorizontalPodAutoscaler", "busy", mesh.name)
+
+
+def test_logs_come_from_everywhere(mesh: Mesh) -> None:
+    sources = {json.loads(line)["source"] for line in mesh.run("logs", "-o", "jsonl").splitlines()}
+    assert any(source.startswith("control-plane") for source in sources)
+    assert any(source.startswith("service-") for source in sources)
+
+
+def test_a_further_version_can_be_added_and_is_given_traffic(mesh: Mesh) -> None:
+    mesh.run("up", "--version", "service-b=v2")
+    mesh.run("traffic", "set", "service-b", "--split", "v1=50,v2=50")
+    rows = until(
+        lambda: [
+            r
+            for r in mesh.json("stat", "service-b", "--by", "version", "--window", "5s")
+            if r["requests"] > 100 and r["version"] == "v2"
+        ],
+        "traffic to v2",
+    )
+    assert rows
+    mesh.run("traffic", "set", "service-b", "--split", "v1=100")
+
+
+# -- failing well ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(mesh: Mesh, tmp_path: Path) -> Iterator[Mesh]:
+    """A second mesh on the same cluster, as a user of that cluster sees it."""
+    found = Mesh(tmp_path / "home", "other", mesh.kubeconfig)
+    yield found
+    mesh.cluster.delete("Namespace", "other")
+    until(lambda: mesh.cluster.get("Namespace", "other") is None, "the namespace to go")
+    for kind_ in ("ClusterRoleBinding", "ClusterRole"):
+        mesh.cluster.delete(kind_, "meshdemo:other:control-plane")
+
+
+UP = ("up", "--runtime", "kubernetes", "--no-observability")
+
+
+def timed(mesh: Mesh, *arguments: str, status: int) -> str:
+    began = time.monotonic()
+    said = mesh.run(*arguments, status=status)
+    say(
+        f"exit {status} after {time.monotonic() - began:.0f} s: {' | '.join(said.strip().splitlines()[:3])[:300]}"
+    )
+    return said
+
+
+def test_an_image_that_cannot_be_pulled(mesh: Mesh, other: Mesh, tmp_path: Path) -> None:
+    app = yaml.safe_load(mesh.run("render", "kubernetes") and "{}") or {}
+    app = {
+        "name": "shop",
+        "front": "web",
+        "services": {"web": {"port": 80, "versions": {"v1": {"image": "no-such-registry.invalid/web:1"}}}},
+    }
+    (tmp_path / "shop.yaml").write_text(yaml.safe_dump(app))
+    said = timed(other, *UP, "--app", str(tmp_path / "shop.yaml"), "--timeout", "120", status=1)
+    assert "web-v1" in said
+    assert "no-such-registry.invalid/web:1" in said
+    assert "--registry" in said
+
+
+def test_a_program_that_ends_at_once_and_then_does_not(other: Mesh, tmp_path: Path) -> None:
+    def app(latency: str) -> str:
+        workload = {"program": "service_b", "env": {"LAT_MS": latency}}
+        path = tmp_path / "app.yaml"
+        path.write_text(
+            yaml.safe_dump(
+                {"name": "one", "front": "b", "services": {"b": {"port": 5000, "versions": {"v1": workload}}}}
+            )
+        )
+        return str(path)
+
+    said = timed(other, *UP, "--app", app("soon"), "--timeout", "120", status=1)
+    assert "b-v1" in said
+    assert "LAT_MS" in said  # the program's own last line
+    # Once the cause is gone, the same command finishes the job.
+    timed(other, *UP, "--app", app("1"), "--timeout", "200", status=0)
+    assert other.json("status")["ready"] is True
+
+
+def test_no_room(other: Mesh) -> None:
+    said = timed(other, *UP, "--replicas", "service-b=300", "--timeout", "100", status=1)
+    assert "service-b-v1" in said
+    assert "nodes are available" in said
+    assert "--replicas" in said
+
+
+def test_a_namespace_that_is_being_deleted(mesh: Mesh, other: Mesh) -> None:
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "other"}}
+    mesh.cluster.apply(namespace)
+    held = {"metadata": {"name": "held", "finalizers": ["example.com/held"]}}
+    mesh.cluster.create("ConfigMap", held, "other")
+    mesh.cluster.delete("Namespace", "other")
+    said = timed(other, *UP, "--timeout", "15", status=1)
+    assert "is being deleted since" in said
+    assert "example.com/held" in said
+    mesh.cluster.patch("ConfigMap", "held", "other", {"metadata": {"finalizers": None}}, merge="merge")
+    timed(other, *UP, "--timeout", "200", status=0)
+
+
+def test_an_api_server_that_is_away_for_20_s(mesh: Mesh, other: Mesh) -> None:
+    process = other.start(*UP, "--timeout", "200")
+    until(lambda: mesh.cluster.get("Namespace", "other") is not None, "up to have begun")
+    with api_server_away(mesh.name, 20):
+        pass
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, (out, err)
+    assert other.json("status")["ready"] is True
+
+
+def test_a_dead_cluster(other: Mesh, tmp_path: Path) -> None:
+    config = yaml.safe_load(Path(other.env["KUBECONFIG"]).read_text())
+    config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:1"
+    dead = tmp_path / "dead"
+    dead.write_text(yaml.safe_dump(config))
+    began = time.monotonic()
+    said = other.run(*UP, status=None, KUBECONFIG=str(dead))
+    assert "does not answer" in said
+    assert time.monotonic() - began < 30
+
+
+def test_no_right_to_make_a_namespace(mesh: Mesh, other: Mesh, tmp_path: Path) -> None:
+    config = yaml.safe_load(Path(other.env["KUBECONFIG"]).read_text())
+    mesh.cluster.apply(
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "nobody", "namespace": mesh.name}}
+    )
+    path = f"/api/v1/namespaces/{mesh.name}/serviceaccounts/nobody/token"
+    token = mesh.cluster.request(
+        "POST", path, body={"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    )
+    config["users"][0]["user"] = {"token": token["status"]["token"]}
+    limited = tmp_path / "limited"
+    limited.write_text(yaml.safe_dump(config))
+    said = other.run(*UP, status=1, KUBECONFIG=str(limited))
+    assert "namespaces" in said
+    assert "system:serviceaccount" in said
+
+
+def test_an_existing_cluster_is_used_and_not_deleted(mesh: Mesh, tmp_path: Path) -> None:
+    """A kind cluster that somebody else made: `up` uses it, `down` leaves it."""
+    elsewhere = Mesh(tmp_path / "home", mesh.name, tmp_path / "none")  # knows nothing of who made it
+    (tmp_path / "none").write_text("apiVersion: v1\nkind: Config\n")
+    elsewhere.run("up", "--runtime", "kind", "--no-observability")
+    assert elsewhere.json("status")["ready"] is True
+    elsewhere.run("down")
+    assert mesh.name in kind.Kind().clusters()
+    with pytest.raises(ApiError):
+        mesh.cluster.request("GET", f"/api/v1/namespaces/{mesh.name}/pods/none")
+    assert BASE_IMAGE
