@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 from local_harness import Cli
@@ -112,10 +112,12 @@ class Mesh(Cli):
     def counts(self, instance: str = "") -> Counter[str]:
         """How many requests service-a has seen end, by code."""
         runtime = self.runtime
-        caller = instance or next(one.id for one in runtime.instances() if one.service == "service-a" and one.ready)
+        caller = instance or next(
+            one.id for one in runtime.instances() if one.service == "service-a" and one.ready
+        )
         tunnel = Forward(runtime.cluster, self.name, lambda: caller, 15020)
         try:
-            with urllib.request.urlopen(f"{tunnel.url}/metrics", timeout=20) as response:
+            with urllib.request.urlopen(f"{tunnel.url}/metrics", timeout=20) as response:  # noqa: S310 - our own tunnel
                 text = response.read().decode()
         finally:
             tunnel.close()
