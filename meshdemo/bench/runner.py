@@ -15,8 +15,8 @@ from typing import Protocol, cast
 from meshdemo.bench import machine
 from meshdemo.bench.model import Findings, Report, SuiteResult
 from meshdemo.bench.scale import Scale
-from meshdemo.bench.stage import Stage, Tell
-from meshdemo.errors import BadInput, MeshdemoError
+from meshdemo.bench.stage import TROUBLE, Stage, Tell
+from meshdemo.errors import BadInput
 
 
 class _Suite(Protocol):
@@ -27,20 +27,19 @@ class _Suite(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Where a suite is, and roughly how long it takes (minutes) with the rounds that it chooses itself."""
+    """Roughly how long a suite takes (minutes) with the rounds that it chooses itself."""
 
-    module: str
     minutes: float
     quick_minutes: float
 
 
 SUITES: Mapping[str, About] = {
-    "overhead": About("overhead", 5, 1),
-    "fault": About("fault", 2, 0.5),
-    "heal": About("heal", 30, 4),
-    "controlplane": About("controlplane", 3, 1),
-    "up": About("up", 2, 0.5),  # and 8 where kind is there
-    "load": About("load", 4, 1),
+    "overhead": About(5, 1),
+    "fault": About(2, 0.5),
+    "heal": About(30, 4),
+    "controlplane": About(3, 1),
+    "up": About(2, 0.5),  # and 8 where kind is there
+    "load": About(4, 1),
 }
 
 
@@ -69,14 +68,14 @@ def run(names: Sequence[str], scale: Scale, tell: Tell) -> Iterator[Report]:
 
 
 def _run_one(name: str, scale: Scale, tell: Tell) -> SuiteResult:
-    suite = cast(_Suite, import_module(f"meshdemo.bench.{SUITES[name].module}"))
+    suite = cast(_Suite, import_module(f"meshdemo.bench.{name}"))
     tell("setting up")
     before, steal, began = machine.quiet(), machine.Steal(), time.monotonic()
     findings, error = Findings(), ""
     try:
         with Stage() as stage:
             findings = suite.run(stage, scale, tell)
-    except MeshdemoError as raised:
+    except TROUBLE as raised:
         error = str(raised)
     seconds, stolen = time.monotonic() - began, steal.share()
     return SuiteResult(name, suite.TITLE, seconds, before, machine.quiet(), stolen, findings, error)

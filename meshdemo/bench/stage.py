@@ -17,10 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jinja2
+import psutil
 
 from meshdemo.bench.guard import MARK
 from meshdemo.errors import Failed, MeshdemoError
@@ -36,6 +38,9 @@ _LOOK_S = 0.02
 _PATIENCE_S = 60.0
 _END_S = 30.0
 _LAST_LINES = 5
+
+TROUBLE = (MeshdemoError, OSError, subprocess.SubprocessError, psutil.Error, HTTPException)
+"""What may go wrong with what is measured: a process that ends, a request without an answer, a time-out."""
 
 Tell = Callable[[str], None]
 """Takes one line on what is being measured right now."""
@@ -256,7 +261,7 @@ def attempt(what: str, failures: list[str]) -> Iterator[None]:
     """A measurement that may fail without taking those before it along: it is noted as left out."""
     try:
         yield
-    except MeshdemoError as error:
+    except TROUBLE as error:
         failures.append(f"not measured: {what}: {error}")
 
 
