@@ -17,7 +17,7 @@ from meshdemo.apps import loader
 from meshdemo.bench.loops import OpenLoop
 from meshdemo.bench.model import Bar, Figure, Findings
 from meshdemo.bench.scale import Scale
-from meshdemo.bench.stage import Stage, Tell, ask, attempt, until
+from meshdemo.bench.stage import TROUBLE, Stage, Tell, ask, attempt, until
 from meshdemo.bench.stats import Request, felt
 from meshdemo.errors import MeshdemoError
 from meshdemo.runtime import faults
@@ -82,7 +82,7 @@ def _once(runtime: LocalRuntime, load: OpenLoop, inject: Callable[[], float]) ->
         cleared = time.monotonic()
         ask(runtime, "fault", "clear")
         _await(load, cleared, failing=False)
-    except MeshdemoError:
+    except TROUBLE:
         with suppress(MeshdemoError):
             faults.clear(runtime)
             _await(load, time.monotonic(), failing=False)

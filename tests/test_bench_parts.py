@@ -1,0 +1,219 @@
+"""The parts of the benchmark that can be looked at one by one: what is simulated, what is read, what is rendered."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from typing import Any
+
+import pytest
+import yaml
+
+from meshdemo.bench import controlplane, heal, load, prometheus, up
+from meshdemo.bench.scale import Scale
+from meshdemo.bench.sidecars import _Export
+from meshdemo.bench.stage import Stage, attempt, until
+from meshdemo.bench.stats import Request
+from meshdemo.bench.up_kind import _one_after_another
+from meshdemo.control.signals import Histogram
+from meshdemo.control.telemetry import decode
+from meshdemo.errors import Failed
+from meshdemo.runtime.base import Step
+
+# -- simulated sidecars -----------------------------------------------------------------------------------
+
+
+def test_a_simulated_sidecar_reports_as_a_real_one_does() -> None:
+    now = time.time()
+    export = decode(_Export("m", "s1").encoded(5.0))
+    assert export.stamp == pytest.approx(now, abs=5)
+    assert export.stamp - export.start == pytest.approx(5.0)
+    assert [(one.inbound, one.peer, one.requests, one.failures) for one in export.cells] == [
+        (True, "s1", 500, 0),
+        (False, "s1", 500, 0),
+    ]
+    assert all(isinstance(one.latency, Histogram) and one.latency.total == 500 for one in export.cells)
+
+
+def test_a_few_simulated_sidecars_on_a_real_control_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controlplane, "SIZES", (3, 6))
+    with Stage() as stage:
+        findings = controlplane.run(stage, Scale(quick=True, runs=1), lambda line: None)
+    figures = {one.key: one for one in findings.figures}
+    assert list(figures) == [
+        f"controlplane.{key}" for key in ("route", "cluster", "endpoint", "cpu", "storm", "rest", "memory")
+    ], findings.notes
+    for figure in figures.values():
+        assert list(figure.values) == ["3 sidecars", "6 sidecars"], (figure, findings.notes)
+        assert all(math.isfinite(value) for values in figure.values.values() for value in values), figure
+    assert all(value > 0 for values in figures["controlplane.storm"].values.values() for value in values)
+    assert any("to the power of" in note for note in findings.notes)
+
+
+# -- healing ----------------------------------------------------------------------------------------------
+
+
+def steady(until_s: float, **bad: Any) -> list[Request]:
+    """200 requests/s until then; `bad` from..to: (from, to, took, status)."""
+    made = []
+    for number in range(round(until_s * heal.RPS)):
+        due = number / heal.RPS
+        took, status = 0.002, 200
+        for begin, end, slow, code in bad.values():
+            if begin <= due < end:
+                took, status = slow, code
+        made.append(Request(due, took, status))
+    return made
+
+
+def test_it_is_settled_after_good_seconds_only() -> None:
+    assert heal.settled(steady(10), 10.0, 4.0)
+    assert not heal.settled(steady(10, errors=(7, 8, 0.002, 500)), 10.0, 4.0)
+    assert heal.settled(steady(10, errors=(2, 5, 0.002, 500)), 10.0, 4.0)
+    assert not heal.settled(steady(10, slow=(7, 9, 0.5, 200)), 10.0, 4.0)
+
+
+def test_it_is_not_settled_while_requests_hang_or_the_load_is_young() -> None:
+    hanging = [one for one in steady(10) if not (7 <= one.due < 8 and round(one.due * heal.RPS) % 2)]
+    assert not heal.settled(hanging, 10.0, 4.0)
+    assert not heal.settled(steady(2), 2.0, 4.0)
+
+
+def test_the_rules_of_prometheus_are_sound() -> None:
+    with Stage() as stage:
+        (group,) = yaml.safe_load(stage.render("rules.yml.j2").read_text())["groups"]
+        settings = yaml.safe_load(stage.render("alertmanager.yml.j2", webhook=1234).read_text())
+    names = [rule["alert"] for rule in group["rules"]]
+    assert names == [
+        *(f"{scope}{what}" for what in ("Errors", "Failures", "Slow") for scope in ("Instance", "Service")),
+        "InstanceDown",
+    ]
+    assert all(rule["expr"].count("(") == rule["expr"].count(")") for rule in group["rules"])
+    assert settings["receivers"][0]["webhook_configs"][0]["url"] == "http://127.0.0.1:1234/"
+    assert {"InstanceDown"} | {f"Service{what}" for what in ("Errors", "Slow")} <= set(names)
+
+
+class FakeRuntime:
+    """What the webhook asks of a runtime to choose a remedy."""
+
+    def __init__(self, revisions: int = 1, ejected: int = 0) -> None:
+        self._revisions, self._ejected = revisions, ejected
+
+    def revisions(self, service: str, version: str) -> list[int]:
+        return list(range(self._revisions))
+
+    def control(self) -> FakeRuntime:
+        return self
+
+    def intent(self) -> FakeRuntime:
+        return self
+
+    @property
+    def ejections(self) -> list[int]:
+        return list(range(self._ejected))
+
+
+@pytest.mark.parametrize(
+    ("alert", "runtime", "kind"),
+    [
+        ("InstanceDown", FakeRuntime(), "restart"),
+        ("InstanceErrors", FakeRuntime(), "eject"),
+        ("InstanceFailures", FakeRuntime(ejected=1), None),  # at least half stays in service
+        ("ServiceSlow", FakeRuntime(revisions=2), "rollback"),
+        ("ServiceErrors", FakeRuntime(revisions=1), None),  # nothing to go back to
+    ],
+)
+def test_the_webhook_does_what_watch_would(alert: str, runtime: Any, kind: str | None) -> None:
+    webhook = prometheus.Webhook(runtime, heals=False)
+    try:
+        plan = webhook._plan({"alertname": alert, "instance": "service-b-v1-1", "service": "service-b"})
+        assert (plan.kind if plan else None) == kind
+        webhook.take(12.5, {"alertname": alert})
+        assert webhook.times() == [12.5]
+    finally:
+        webhook.close()
+
+
+# -- what programs say ------------------------------------------------------------------------------------
+
+
+def test_percentiles_are_found_in_what_the_clients_say() -> None:
+    said = {
+        "closed loop": '{"requests": 5, "us": {"0.5": 900.1, "0.99": 1250.5, "1": 2000}}',
+        "wrk": '  2 threads\n{"requests": 5, "seconds": 1.0, "errors": 0, "us": {"0.5": 62, "0.99": 1250, "1": 0}}',
+        "hey": "Latency distribution:\n  95% in 0.0009 secs\n  99% in 0.0012 secs\n",
+    }
+    found = {}
+    for client in load.CLIENTS:
+        match = re.search(client.p99, said[client.name])
+        assert match
+        found[client.name] = float(match[1]) * client.ms
+    assert found == pytest.approx({"closed loop": 1.2505, "wrk": 1.25, "hey": 1.2})
+
+
+def test_the_steps_of_up_are_read() -> None:
+    said = "Mesh 'x' on the local runtime\n  0.03 s  Preparing the state folder\n 12.50 s  Starting service-b v1\n"
+    assert up._steps(said) == {"Preparing the state folder": 0.03, "Starting service-b v1": 12.5}
+
+
+def test_by_hand_is_one_after_another_but_for_what_is_applied_at_once() -> None:
+    done: list[str] = []
+
+    def step(title: str, *after: str) -> Step:
+        return Step(title, lambda: done.append(title), after=after)
+
+    steps = [
+        step("Making the kind cluster"),
+        step("Building sidecar"),
+        step("Preparing the namespace", "Making the kind cluster"),
+        step("Starting the control plane", "Preparing the namespace"),
+        step("Starting service-b v1 (2 instances)", "Preparing the namespace"),
+        step("Sending a request through the mesh", "Starting the control plane"),
+    ]
+    for run in _one_after_another(steps):
+        run()
+    assert done[:3] == ["Making the kind cluster", "Building sidecar", "Preparing the namespace"]
+    assert sorted(done[3:5]) == ["Starting service-b v1 (2 instances)", "Starting the control plane"]
+    assert done[5:] == ["Sending a request through the mesh"]
+
+
+# -- the stage --------------------------------------------------------------------------------------------
+
+
+def test_a_measurement_that_fails_is_told_and_the_rest_goes_on() -> None:
+    failures: list[str] = []
+    with attempt("round 1", failures):
+        raise Failed("no answer")
+    with attempt("round 2", failures):
+        raise ConnectionResetError("reset by peer")
+    assert failures == ["not measured: round 1: no answer", "not measured: round 2: reset by peer"]
+    with pytest.raises(ZeroDivisionError), attempt("round 3", failures):
+        raise ZeroDivisionError
+
+
+def test_waiting_ends() -> None:
+    assert until("a number", iter([0, 0, 3]).__next__) == 3
+    with pytest.raises(Failed, match=r"waited 0\.05 s in vain for rain"):
+        until("rain", lambda: False, 0.05)
+
+
+@pytest.mark.parametrize("caller", [True, False])
+def test_bare_proxies_verify_each_other(caller: bool) -> None:
+    keys = {"certificate": "c.pem", "key": "k.pem", "both": "b.pem", "trust": "t.pem", "name": "localhost"}
+    with Stage() as stage:
+        envoy = yaml.safe_load(stage.render("envoy.yaml.j2", port=1, to=2, caller=caller, **keys).read_text())
+        haproxy = stage.render("haproxy.cfg.j2", port=1, to=2, caller=caller, **keys).read_text()
+        nginx = stage.render(
+            "nginx.conf.j2", port=1, to=2, caller=caller, folder="/f", user="", **keys
+        ).read_text()
+    resources = envoy["static_resources"]
+    chain, cluster = resources["listeners"][0]["filter_chains"][0], resources["clusters"][0]
+    tls = (cluster if caller else chain)["transport_socket"]["typed_config"]
+    assert ("transport_socket" in chain) is not caller
+    assert ("transport_socket" in cluster) is caller
+    assert tls["common_tls_context"]["validation_context"]["trusted_ca"] == {"filename": "t.pem"}
+    assert tls.get("require_client_certificate", False) is not caller
+    assert "verify required" in haproxy
+    assert "ssl-min-ver TLSv1.3" in haproxy
+    assert ("proxy_ssl_verify on" if caller else "ssl_verify_client on") in nginx
