@@ -19,6 +19,7 @@ from kube_mock import FOREVER, ApiServer, Refusal
 
 from meshdemo.apps import loader
 from meshdemo.control import kubernetes as k8s
+from meshdemo.control.discovered import declared
 from meshdemo.control.model import Intent, MeshState
 from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.kube import ApiError, Cluster
@@ -321,13 +322,13 @@ def test_the_mesh_is_what_pods_slices_and_services_say() -> None:
             app_pod("b-2", deletionTimestamp="2026-01-01T00:00:00Z"),
             app_pod("b-3", ip=""),
             {**app_pod("b-4"), "status": {"phase": "Failed"}},
-            app_pod("x-1", service="other"),
+            app_pod("x-1", service="x"),
         ],
         [endpoints("service-b", b_1=True, b_2=True, b_3=False), endpoints("service-a", b_3=True)],
         [service("service-a", "10.96.0.1"), service("service-b", "None"), service("other", "10.96.0.9")],
     )  # fmt: skip
     by_id = {one.id: one for one in found.instances}
-    assert set(by_id) == {"b-1", "b-2", "b-3"}
+    assert set(by_id) == {"b-1", "b-2", "b-3", "x-1"}  # x-1 was injected
     assert (by_id["b-1"].ready, by_id["b-1"].revision, by_id["b-1"].host) == (True, 3, "10.0.0.1")
     # Its endpoint is still there, but it is going: it gets no more traffic, and nobody judges it.
     assert (by_id["b-2"].ready, by_id["b-2"].leaving) == (False, True)
@@ -336,12 +337,92 @@ def test_the_mesh_is_what_pods_slices_and_services_say() -> None:
     assert by_id["b-1"].inbound_port == by_id["b-1"].app_port == 5000
 
 
+# -- pods that were injected -------------------------------------------------------------------------------
+
+
+def injected(
+    name: str, label: str, *, version: str = "v1", account: str = "default", **spec: Any
+) -> dict[str, Any]:
+    found = app_pod(name, service=label)
+    found["metadata"]["labels"][k8s.VERSION] = version
+    return {**found, "spec": {"serviceAccountName": account, "containers": [{"name": "c", **spec}]}}
+
+
+def slice_of(service: str, port: int, *names: str, port_name: str = "") -> dict[str, Any]:
+    return {
+        "metadata": {"name": f"{service}-y", "labels": {"kubernetes.io/service-name": service}},
+        "ports": [{"name": port_name, "port": port}],
+        "endpoints": [
+            {"conditions": {"ready": True}, "targetRef": {"kind": "Pod", "name": name}} for name in names
+        ],
+    }
+
+
+def k8s_service(service: str, address: str, port: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "metadata": {"name": service},
+        "spec": {"clusterIP": address, "ports": [{"port": port, **fields}]},
+    }
+
+
+def test_what_was_injected_is_found_without_an_app_file() -> None:
+    probe = {"readinessProbe": {"httpGet": {"path": "/ready?x=1", "port": 8080}}}
+    found = k8s.mesh_state(
+        "m", "n", PAIR,
+        [
+            app_pod("b-1"),
+            injected("shop-1", "shop", version="1.2.3", **probe), injected("shop-2", "shop", version="1.2.3"),
+            injected("cart-1", "cart"), injected("db-0", "db"), injected("bot-1", "bot"),
+            injected("odd-1", "Not_A_Name"),
+        ],
+        [
+            slice_of("shop-front", 8080, "shop-1", "shop-2", port_name="http"), slice_of("cart", 9000, "cart-1", port_name="api"),
+            slice_of("db", 5432, "db-0"), slice_of("elsewhere", 1, "not-meshed"),
+        ],
+        [
+            k8s_service("shop-front", "10.96.1.1", 80, name="http"), k8s_service("cart", "10.96.1.2", 9000, name="api", appProtocol="kubernetes.io/h2c"),
+            k8s_service("db", "10.96.1.3", 5432), k8s_service("elsewhere", "10.96.1.4", 1), service("service-b", "10.96.0.2"),
+        ],
+    )  # fmt: skip
+    services = found.app.services
+    assert set(services) == {"service-a", "service-b", "shop-front", "cart", "db", "bot"}
+    assert (
+        services["shop-front"].port,
+        services["shop-front"].protocol,
+        services["shop-front"].open_paths,
+    ) == (8080, "http", {"/ready?x=1": ["GET"]})
+    assert [services[name].protocol for name in ("cart", "db", "bot")] == ["grpc", "tcp", "http"]
+    assert set(services["bot"].calls) == {"shop-front", "cart", "db"}
+    assert services["service-a"] == PAIR.services["service-a"]
+    assert found.ports == {"shop-front": 80, "cart": 9000, "db": 5432}
+    assert found.addresses["shop-front"] == "10.96.1.1"
+    by_id = {one.id: one for one in found.instances}
+    assert set(by_id) == {"b-1", "shop-1", "shop-2", "cart-1", "db-0", "bot-1"}
+    assert (by_id["shop-1"].service, by_id["shop-1"].version, by_id["shop-1"].inbound_port) == (
+        "shop-front",
+        "v-1-2-3",
+        8080,
+    )
+    assert by_id["shop-1"].ready
+    assert by_id["bot-1"].ready is False  # nobody has said that it is
+    assert declared(found.app) == PAIR
+
+
+def test_without_injected_pods_the_app_is_what_was_declared() -> None:
+    found = k8s.mesh_state("m", "n", PAIR, [app_pod("b-1")], [], [k8s_service("other", "10.96.9.9", 80)])
+    assert found.app == PAIR
+    assert found.ports == {}
+
+
 # -- tokens ------------------------------------------------------------------------------------------------
 
 
 class _Pods:
     def pod(self, name: str) -> dict[str, Any] | None:
         return {"metadata": {"name": name, "uid": f"uid-{name}"}} if name.startswith("b-") else None
+
+    def account(self, instance: Any, pod: dict[str, Any]) -> str:
+        return str(instance.service)
 
 
 REVIEWS = "post /apis/authentication.k8s.io/v1/tokenreviews"

@@ -23,7 +23,9 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from meshdemo.apps.model import App
+from meshdemo.control import discovered
 from meshdemo.control.captured import PLAIN_PORT, PROXY_PORT
+from meshdemo.control.discovered import discover, version_of
 from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.errors import Failed, MeshdemoError
@@ -40,7 +42,7 @@ OPEN_PORT = 8081
 AUDIENCE = "meshdemo"
 """What sidecars' tokens are good for; the API server calls a token for anything else invalid."""
 
-MESH, SERVICE, VERSION = PREFIX + "mesh", PREFIX + "service", PREFIX + "version"  # labels
+MESH, SERVICE, VERSION = PREFIX + "mesh", discovered.SERVICE, discovered.VERSION  # labels
 REVISION = PREFIX + "revision"  # annotation
 
 _RESYNC_S = 300.0
@@ -154,45 +156,65 @@ def mesh_state(
     slices: Iterable[Manifest],
     services: Iterable[Manifest],
 ) -> MeshState:
-    """What the control plane is told of the mesh.
+    """What the control plane is told of the mesh: the declared app, and what was injected besides it.
 
     An instance is ready when its service's EndpointSlice says so and its pod is not on its way out: the pod
     shows the latter at once, the EndpointSlice a moment later, and each such moment costs requests.
     """
+    slices = list(slices)
     serving = {
         (one["metadata"].get("labels", {}).get("kubernetes.io/service-name"), endpoint["targetRef"]["name"])
         for one in slices
         for endpoint in one.get("endpoints") or ()
         if (endpoint.get("conditions") or {}).get("ready") and endpoint.get("targetRef")
     }
+    pods, services = list(pods), list(services)
+    whole = discover(app, pods, slices, services)
+    app = whole.app
+    addresses = {
+        one["metadata"]["name"]: one["spec"]["clusterIP"]
+        for one in services
+        if one["metadata"]["name"] in app.services and one["spec"].get("clusterIP", "None") != "None"
+    }
     instances = []
     for pod in sorted(pods, key=_key):
         meta, labels = pod["metadata"], pod["metadata"].get("labels", {})
-        service = app.services.get(labels.get(SERVICE, ""))
+        name = whole.service_of.get(meta["name"], labels.get(SERVICE, ""))
+        service = app.services.get(name)
         if service is None or pod.get("status", {}).get("phase") in {"Succeeded", "Failed"}:
             continue
         revision = meta.get("annotations", {}).get(REVISION, "1")
         instances.append(
             Instance(
                 id=meta["name"],
-                service=labels[SERVICE],
-                version=labels.get(VERSION, "v1"),
+                service=name,
+                version=version_of(pod),
                 revision=int(revision) if revision.isdigit() else 1,
                 host=pod.get("status", {}).get("podIP", ""),
                 inbound_port=service.port,
                 outbound_port=PROXY_PORT,
                 metrics_port=PLAIN_PORT,
                 app_port=service.port,
-                ready=(labels[SERVICE], meta["name"]) in serving and "deletionTimestamp" not in meta,
+                ready=_is_ready(pod, (name, meta["name"]) in serving, called=name in addresses),
                 leaving="deletionTimestamp" in meta,
             )
         )
-    addresses = {
-        one["metadata"]["name"]: one["spec"]["clusterIP"]
-        for one in services
-        if one["metadata"]["name"] in app.services and one["spec"].get("clusterIP", "None") != "None"
-    }
-    return MeshState(mesh=mesh, namespace=namespace, app=app, instances=tuple(instances), addresses=addresses)
+    return MeshState(
+        mesh=mesh,
+        namespace=namespace,
+        app=app,
+        instances=tuple(instances),
+        addresses=addresses,
+        ports=dict(whole.ports),
+    )
+
+
+def _is_ready(pod: Manifest, serves: bool, *, called: bool) -> bool:
+    """May a pod be sent requests? Of one that no Service leads to (it only calls), its own state tells."""
+    if "deletionTimestamp" in pod["metadata"]:
+        return False
+    conditions = pod.get("status", {}).get("conditions") or ()
+    return serves or (not called and any(c["type"] == "Ready" and c["status"] == "True" for c in conditions))
 
 
 class Source:
@@ -208,8 +230,9 @@ class Source:
             return Reflector(cluster, kind, namespace, self._changed, labels=labels, fields=fields)
 
         self._pods = reflector("Pod", labels=f"{of_mesh},{SERVICE}")
-        self._slices = reflector("EndpointSlice", labels=f"{of_mesh},{SERVICE}")
-        self._services = reflector("Service", labels=f"{of_mesh},{SERVICE}")
+        # Of injected pods, the Services are not ours and carry no label of ours.
+        self._slices = reflector("EndpointSlice")
+        self._services = reflector("Service")
         self._spec = reflector("ConfigMap", fields=f"metadata.name={SPEC}")
         self._reflectors = (self._pods, self._slices, self._services, self._spec)
 
@@ -249,6 +272,17 @@ class Source:
     def spec(self) -> Manifest | None:
         """The ConfigMap that holds the mesh's spec."""
         return next(iter(self._spec.objects), None)
+
+    def account(self, instance: Instance, pod: Manifest) -> str:
+        """Under which service account an instance must run to be one of its service.
+
+        A declared service has one of its own, so that nobody is it who merely labels a pod so. Injected pods
+        run under whatever account they had.
+        """
+        app = app_of(self._spec.objects)
+        if app is not None and instance.service in app.services:
+            return instance.service
+        return str(pod["spec"].get("serviceAccountName") or "default")
 
     def pod(self, name: str) -> Manifest | None:
         """The pod of this name."""
@@ -293,10 +327,10 @@ class TokenReviews:
         if pod is None or pod["metadata"].get("uid") != proof.uid:
             return None
         found = next((one for one in mesh.instances if one.id == proof.pod), None)
-        # The label says which service a pod belongs to, and anyone who may make a pod may set it; the
-        # service account is what the API server vouches for.
-        account = f"system:serviceaccount:{mesh.namespace}:{found.service}" if found else None
-        return found if account == proof.user else None
+        if found is None:
+            return None
+        account = self._source.account(found, pod)
+        return found if proof.user == f"system:serviceaccount:{mesh.namespace}:{account}" else None
 
     async def _proof(self, token: str) -> _Proof | None:
         if not token:

@@ -49,6 +49,9 @@ class MeshState(_Value):
         description="service -> address of its name, where the sidecars' traffic is redirected to them "
         "(Kubernetes); empty where they are the apps' HTTP proxy",
     )
+    ports: dict[str, int] = Field(
+        default_factory=dict, description="service -> port of its name, where that is not its instances' own"
+    )
 
 
 class Fault(_Value):

@@ -345,7 +345,7 @@ class Renderer:
                     chain = self._made(
                         "listener_outbound", Listener, routes=f"outbound/{name}", grpc=grpc, traced=traced
                     )
-                chains.append((name, address, service.port, chain))
+                chains.append((name, address, mesh.ports.get(name, service.port), chain))
         outbound = self._once(
             ("captured outbound", frame, *chains),
             lambda: _Made(

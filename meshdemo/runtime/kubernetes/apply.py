@@ -180,6 +180,35 @@ def rolled_out(deployment: Manifest) -> bool:
     )
 
 
+def siblings(cluster: Cluster, pod: Manifest) -> list[Manifest]:
+    """The pods that are kept by what keeps this one (a ReplicaSet, a StatefulSet), it included, and stay."""
+    keeper = _keeper(pod)
+    if keeper is None:
+        return []
+    meta = pod["metadata"]
+    found = cluster.find("Pod", meta["namespace"], labels=f"{MESH}={meta['labels'][MESH]}")
+    return [one for one in found if _keeper(one) == keeper and "deletionTimestamp" not in one["metadata"]]
+
+
+def await_siblings(cluster: Cluster, pod: Manifest, wanted: int, *, timeout_s: float) -> None:
+    """Wait until so many siblings of a pod that was deleted are ready. Raises Failed with the reason."""
+    give_up = time.monotonic() + timeout_s
+    while True:
+        there = siblings(cluster, pod)
+        if sum(map(is_ready, there)) >= wanted:
+            return
+        if time.monotonic() > give_up:
+            for trouble in (trouble for one in there for trouble in pod_troubles(one)):
+                raise _failed(cluster, pod["metadata"]["namespace"], trouble, there)
+            raise Failed(f"nothing has taken the place of {pod['metadata']['name']} in {timeout_s:.0f} s")
+        pause(0.2)
+
+
+def _keeper(pod: Manifest) -> str | None:
+    owners = pod["metadata"].get("ownerReferences") or ()
+    return next((owner["uid"] for owner in owners if owner.get("controller")), None)
+
+
 def _progress(deployments: Iterable[Manifest]) -> str:
     said = []
     for one in deployments:

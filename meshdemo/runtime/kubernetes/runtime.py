@@ -28,7 +28,7 @@ from meshdemo.runtime.steps import pause
 if TYPE_CHECKING:
     from meshdemo.apps.model import App
     from meshdemo.control.client import ControlClient
-    from meshdemo.control.model import Instance, WorkloadRevision
+    from meshdemo.control.model import Instance, MeshState, WorkloadRevision
     from meshdemo.runtime.base import Step, UpOptions
     from meshdemo.runtime.kubernetes.record import Record
 
@@ -118,8 +118,8 @@ class KubernetesRuntime:
     # -- what runs -----------------------------------------------------------------------------------------
 
     def app(self) -> App:
-        """The app that runs."""
-        return self.spec_map.load().app
+        """The app that runs, with the services of injected pods."""
+        return self._mesh().app
 
     def instances(self) -> list[Instance]:
         """The instances, whether ready or not; those on their way out are no more.
@@ -133,13 +133,15 @@ class KubernetesRuntime:
         return seen
 
     def _look(self) -> list[Instance]:
+        return [one for one in self._mesh().instances if not one.leaving]
+
+    def _mesh(self) -> MeshState:
+        declared = self.spec_map.load().app
         labels = f"{k8s.MESH}={self.name},{k8s.SERVICE}"
-        pods, slices, services = (
-            self.cluster.find(kind, self.namespace, labels=labels)
-            for kind in ("Pod", "EndpointSlice", "Service")
-        )
-        pods = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
-        return list(k8s.mesh_state(self.name, self.namespace, self.app(), pods, slices, services).instances)
+        pods = self.cluster.find("Pod", self.namespace, labels=labels)
+        slices = self.cluster.find("EndpointSlice", self.namespace)
+        services = self.cluster.find("Service", self.namespace)
+        return k8s.mesh_state(self.name, self.namespace, declared, pods, slices, services)
 
     def endpoints(self) -> dict[str, str | None]:
         """URLs by name."""
@@ -274,17 +276,25 @@ class KubernetesRuntime:
         pod = self._pod(instance)
         self.cluster.event(pod, "Restarted", reason)
         grace_s = None if self._answers(instance, pod) else 1
+        kept = len(apply.siblings(self.cluster, pod))
         self.cluster.delete("Pod", instance, self.namespace, grace_s=grace_s)
         self._await_gone(instance)
+        ours = self.spec_map.load().workloads
         labels = pod["metadata"]["labels"]
-        name = f"{labels[k8s.SERVICE]}-{labels[k8s.VERSION]}"
-        apply.await_rollout(self.cluster, self.namespace, [name], timeout_s=_ROLLOUT_S)
+        key = f"{labels[k8s.SERVICE]}/{labels[k8s.VERSION]}"
+        if key in ours:
+            name = deployment_of(ours[key])
+            apply.await_rollout(self.cluster, self.namespace, [name], timeout_s=_ROLLOUT_S)
+        else:
+            apply.await_siblings(self.cluster, pod, kept, timeout_s=_ROLLOUT_S)
         self._await_effect(f"the replacement of {instance}", lambda row: row["ready"])
 
     def _answers(self, instance: str, pod: Manifest) -> bool:
         """Does its workload answer its health check just now? What speaks no HTTP cannot be asked."""
-        service = self.app().services[pod["metadata"]["labels"][k8s.SERVICE]]
-        if service.protocol != "http":
+        mesh = self._mesh()
+        found = next((one for one in mesh.instances if one.id == instance), None)
+        service = mesh.app.services[found.service] if found else None
+        if service is None or service.protocol != "http":
             return apply.is_ready(pod)
         tunnel = Forward(self.cluster, self.namespace, lambda: instance, PLAIN_PORT)
         connection = HTTPConnection("127.0.0.1", tunnel.port, timeout=_ANSWER_S)

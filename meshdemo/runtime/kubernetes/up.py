@@ -14,11 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshdemo.control import kubernetes as k8s
+from meshdemo.control.discovered import declared
 from meshdemo.errors import Failed, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.runtime.base import Step, UpOptions
@@ -63,7 +65,8 @@ class _Up:
 
     def __init__(self, runtime: KubernetesRuntime, options: UpOptions) -> None:
         self._runtime = runtime
-        self._options = options
+        # What was injected is shown as part of the app, and is not ours to bring up.
+        self._options = options = replace(options, app=declared(options.app))
         self._extra = options.extra
         self._deadline = time.monotonic() + options.timeout_s
         before = record.load(options.name)
@@ -353,7 +356,7 @@ class _Up:
         from meshdemo.runtime.local.through import request_through
 
         runtime = self._runtime
-        app = self._options.app
+        app = runtime.app()
         while True:
             found = runtime.instances()
             # A caller's own outbound port, brought to this machine.

@@ -1,0 +1,133 @@
+"""Services that no app file declares: other people's pods that `inject` gave a sidecar.
+
+What an app file would say is told by the cluster: which pods a Service leads to (EndpointSlices), on which
+port, in which protocol (`appProtocol`, or the port's name), and which paths the kubelet probes. A pod that no
+Service leads to is in the mesh as a caller. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshdemo.apps.model import App, Protocol, Service, Workload
+from meshdemo.kube import PREFIX, Manifest
+
+SERVICE, VERSION = PREFIX + "service", PREFIX + "version"  # labels of a meshed pod
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+_NOBODYS_PORT = 1  # of a pod that nobody calls
+_PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
+INJECTED = "injected"  # stands for the image of a workload that is not ours to start
+_BY_PROTOCOL: Mapping[str, Protocol] = {
+    "http": "http", "kubernetes.io/ws": "http", "ws": "http",
+    "grpc": "grpc", "http2": "grpc", "h2c": "grpc", "kubernetes.io/h2c": "grpc",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """The app with what was found besides it."""
+
+    app: App
+    service_of: Mapping[str, str] = field(default_factory=dict)  # pod -> service
+    ports: Mapping[str, int] = field(default_factory=dict)  # service -> the port that callers use
+
+
+def version_of(pod: Manifest) -> str:
+    """A pod's version, as a name: other people's labels hold dots and capitals."""
+    label = str(pod["metadata"].get("labels", {}).get(VERSION, "v1")).lower()
+    name = re.sub(r"[^a-z0-9]+", "-", label).strip("-")[:40]
+    return name if _NAME.fullmatch(name) else f"v-{name}"[:40].strip("-") if name else "v1"
+
+
+def declared(app: App) -> App:
+    """An app without what was only discovered."""
+    ours = {
+        name: service
+        for name, service in app.services.items()
+        if any(workload.image != INJECTED for workload in service.versions.values())
+    }
+    return app.model_copy(update={"services": ours})
+
+
+def discover(
+    app: App, pods: Iterable[Manifest], slices: Iterable[Manifest], services: Iterable[Manifest]
+) -> Discovered:
+    """The declared app and, besides it, a service for every undeclared pod with a sidecar."""
+    unclaimed = {
+        pod["metadata"]["name"]: pod
+        for pod in pods
+        if pod["metadata"].get("labels", {}).get(SERVICE) not in app.services
+    }
+    if not unclaimed:
+        return Discovered(app)
+    found: dict[str, Service] = {}
+    service_of: dict[str, str] = {}
+    ports: dict[str, int] = {}
+    slices = list(slices)
+    for one in sorted(services, key=lambda one: str(one["metadata"]["name"])):
+        name = one["metadata"]["name"]
+        wanted = (one["spec"].get("ports") or [None])[0]
+        if name in app.services or not _NAME.fullmatch(name) or wanted is None:
+            continue
+        members, target = _behind(name, wanted, slices)
+        members = [pod for pod in members if pod in unclaimed and pod not in service_of]
+        if not members or target is None:
+            continue
+        service_of.update(dict.fromkeys(members, name))
+        found[name] = _service(target, _protocol(wanted), [unclaimed[pod] for pod in members])
+        ports[name] = wanted["port"]
+    for pod_name, pod in unclaimed.items():
+        label = pod["metadata"]["labels"].get(SERVICE, "")
+        if pod_name not in service_of and _NAME.fullmatch(label):
+            service_of[pod_name] = label
+            if label not in found:
+                found[label] = _service(_NOBODYS_PORT, "http", [pod])
+    # Who calls whom is not written down anywhere, so they may all call each other.
+    names = [*found]
+    open_to_each_other = {
+        name: service.model_copy(update={"calls": [other for other in names if other != name]})
+        for name, service in found.items()
+    }
+    whole = app.model_copy(update={"services": {**app.services, **open_to_each_other}})
+    return Discovered(whole, service_of, ports)
+
+
+def _behind(name: str, wanted: Mapping[str, Any], slices: Sequence[Manifest]) -> tuple[list[str], int | None]:
+    """The pods that a Service leads to, ready or not, and their port."""
+    members: list[str] = []
+    target: int | None = None
+    for one in slices:
+        if one["metadata"].get("labels", {}).get("kubernetes.io/service-name") != name:
+            continue
+        for port in one.get("ports") or ():
+            if (port.get("name") or "") == (wanted.get("name") or ""):
+                target = port.get("port", target)
+        for endpoint in one.get("endpoints") or ():
+            if (endpoint.get("targetRef") or {}).get("kind") == "Pod":
+                members.append(endpoint["targetRef"]["name"])
+    return members, target
+
+
+def _protocol(port: Mapping[str, Any]) -> Protocol:
+    said = str(port.get("appProtocol") or "").lower()
+    if said in _BY_PROTOCOL:
+        return _BY_PROTOCOL[said]
+    prefix = re.split(r"[^a-z0-9]", str(port.get("name") or ""))[0]
+    return "tcp" if said else _BY_PROTOCOL.get(prefix, "tcp")
+
+
+def _service(port: int, protocol: Protocol, pods: Sequence[Manifest]) -> Service:
+    containers = [container for pod in pods for container in pod.get("spec", {}).get("containers", [])]
+    probes = [container.get(kind) or {} for container in containers for kind in _PROBES]
+    probed = sorted({probe["httpGet"].get("path", "/") for probe in probes if "httpGet" in probe})
+    return Service(
+        port=port,
+        protocol=protocol,
+        healthz=probed[0] if probed else "/healthz",
+        metrics=None,
+        open_paths={path: ["GET"] for path in probed},
+        versions={version_of(pod): Workload(image=INJECTED) for pod in pods},
+    )
