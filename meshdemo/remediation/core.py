@@ -33,6 +33,8 @@ _LOCALISE_S = 2.5  # how long to wait for exports that make it clear where; long
 _LOCALISE_MAX_S = 15.0
 _TELLING = 3.0  # bad requests that an instance must have had the chance to show
 _PATIENCE = 6.0  # a remedy may take so many times the verify time to show, if nothing is clear before
+_SETTLE_S = 1.0  # the first second of a process may be slow, and must not condemn the remedy
+_STARTS_PROCESSES = frozenset({"restart", "rollback", "scale"})
 _POSTPONE_S = 5.0
 _KEPT_INCIDENTS = 200
 
@@ -433,8 +435,9 @@ class Core:
         incident.effective_at = result.effective_at
         incident.deadline = result.effective_at + _PATIENCE * self.policy.guardrails.verify
         incident.recovery.rebase(result.effective_at)
+        settled_at = result.effective_at + (_SETTLE_S if plan.kind in _STARTS_PROCESSES else 0.0)
         for judge in self.observer.judges_of(incident.service):
-            judge.reset(result.effective_at)
+            judge.reset(settled_at)
 
     # -- verify -------------------------------------------------------------------------------------------
 
