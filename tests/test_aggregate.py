@@ -97,6 +97,15 @@ def test_sidecars_that_report_out_of_step() -> None:
     assert signal.rps == pytest.approx(20, rel=0.1)
 
 
+def test_three_reports_that_end_in_two_seconds_are_not_three_seconds_of_requests() -> None:
+    found = [
+        sample("b-1", NOW - age * 0.99, cell(100), start=NOW - age * 0.99 - 0.99) for age in range(9, -1, -1)
+    ]
+    signal = only(signals(found, by="service", now=NOW, window_s=2))
+    assert signal.requests == 300
+    assert signal.rps == pytest.approx(100 / 0.99)
+
+
 def test_a_mesh_that_has_just_started_is_not_divided_by_the_whole_window() -> None:
     found = [sample("b-1", NOW - 1, cell(50)), sample("b-1", NOW, cell(50))]
     assert only(signals(found, by="service", now=NOW, window_s=10)).rps == pytest.approx(50)

@@ -514,10 +514,13 @@ def test_a_grpc_error_is_a_failure_though_http_says_200() -> None:
                 return not thread.is_alive()
 
             until(called, "a tapped error")
-        row = until(
-            lambda: found[0] if (found := client.signals(service="service-b"))[0]["failures"] else None,
-            "failures to be counted",
-        )
+
+        def counted() -> Any:
+            """The service's signals once both sides' sidecars have reported failures; they report in turn."""
+            row = client.signals(service="service-b")[0]
+            return row if row["failures"] and row["effective_success_rate"] is not None else None
+
+        row = until(counted, "failures to be counted")
         app.stop(0)
         assert 0 < row["failures"] < row["requests"]
         assert row["effective_success_rate"] == pytest.approx(0.5, abs=0.3)

@@ -94,7 +94,7 @@ def test_quantiles_of_nothing_and_beyond_the_last_bound() -> None:
 def test_a_slow_failure_is_one_bad_request() -> None:
     signal = Signal(
         service="b", version=None, instance=None, route=None, caller=None, start=0, end=1,
-        requests=4, failures=2,
+        requests=4, requests_within=4, failures=2,
         latency=Histogram.of([5, 5, 500, 500]), failed_latency=Histogram.of([5, 500]),
     )  # fmt: skip
     assert signal.bad() == 2

@@ -4,9 +4,10 @@ Which samples belong to a window: those that end in its `window_s` seconds, coun
 sample. Each sample counts whole, for requests cannot be told apart within one, so a window is never
 shorter than the longest interval at which its sidecars report.
 
-Requests a second: requests over the time that the scope's samples cover together, at most the window. A
-mesh that started three seconds ago is so not divided by ten; nor is an instance that was replaced halfway
-counted as if its load had come twice.
+Requests a second: requests over the time that the scope's samples cover together. A mesh that started three
+seconds ago is so not divided by ten; nor is an instance that was replaced halfway counted as if its load had
+come twice. Samples that stick out of the window at its start count in it with the part of their time that
+lies within: three samples of a second may end within a window of two.
 """
 
 from __future__ import annotations
@@ -47,12 +48,18 @@ class Window:
     start: float
     end: float
 
+    def share_within(self, sample: Sample) -> float:
+        """The share of the sample's time that lies in the window (0..1)."""
+        length = sample.end - sample.start
+        return min(1.0, (sample.end - self.start) / length) if length > 0 else 1.0
+
 
 @dataclass(slots=True)
 class _Sum:
     """A signal while it is being added up."""
 
     requests: int = 0
+    requests_within: float = 0.0  # of them, as far as they can be told to lie in the window
     failures: int = 0
     denied: int = 0
     refused: int = 0
@@ -64,9 +71,10 @@ class _Sum:
     covered: list[tuple[float, float]] = field(default_factory=list)
     scopes: list[Scope] = field(default_factory=list)
 
-    def add(self, cell: Cell) -> None:
-        """Add an inbound cell."""
+    def add(self, cell: Cell, share_within: float) -> None:
+        """Add an inbound cell, of whose sample such a share lies within the window."""
         self.requests += cell.requests
+        self.requests_within += cell.requests * share_within
         self.failures += cell.failures
         self.denied += cell.denied
         self.refused += cell.refused
@@ -130,9 +138,10 @@ def signals(
         key = _key_of_instance(by, sample.service, sample.version, sample.instance)
         if key is not None:
             sums[key].covered.append((sample.start, sample.end))
+        share = within.share_within(sample)
         for cell in sample.cells:
             if cell.inbound:
-                sums[_key_of_inbound(by, sample, cell)].add(cell)
+                sums[_key_of_inbound(by, sample, cell)].add(cell, share)
             elif cell.peer and cell.requests and (key := _key_of_outbound(by, sample, cell)) is not None:
                 sums[key].add_effective(cell)
     for sample in last.values():
@@ -156,7 +165,7 @@ def edges(samples: Iterable[Sample], *, now: float, window_s: float) -> list[Edg
         for cell in sample.cells:
             if cell.inbound:
                 key = (cell.peer, sample.service)
-                sums.setdefault(key, _Sum()).add(cell)
+                sums.setdefault(key, _Sum()).add(cell, within.share_within(sample))
                 before, identity = secured.get(key, (0, ""))
                 secured[key] = (before + cell.secured, cell.identity or identity)
     covered = _covered_by_service(within)
@@ -260,7 +269,7 @@ def _covered_by_service(within: Window) -> dict[str, list[tuple[float, float]]]:
 
 
 def _signal(key: Key, added: _Sum, within: Window, covered: Sequence[tuple[float, float]]) -> Signal:
-    length = min(_union(covered), within.end - within.start)
+    length = _union([(max(start, within.start), end) for start, end in covered])
     service, version, instance, route, caller = key
     return Signal(
         service=service,
@@ -271,6 +280,7 @@ def _signal(key: Key, added: _Sum, within: Window, covered: Sequence[tuple[float
         start=within.end - length,
         end=within.end,
         requests=added.requests,
+        requests_within=added.requests_within,
         failures=added.failures,
         latency=Histogram(added.latency),
         failed_latency=Histogram(added.failed_latency),

@@ -347,13 +347,15 @@ class ControlClient:
         """Samples after sequence number `after` (0: all that are kept; -1: none of those, from now on).
 
         Waits up to `wait_s` for one to come. A control plane that was restarted counts from 1 again, and
-        answers an `after` that it never gave with all that it has.
+        answers an `after` that it never gave with all that it has. Never repeated here: who polls wants to
+        know at once that nobody answers, and asks again anyway.
         """
         from meshdemo.control.signals import sample_from_json
 
         answer = self._call(
-            "GET", "/v1/samples", query={"after": after, "wait_s": wait_s}, timeout_s=self._timeout_s + wait_s
-        )
+            "GET", "/v1/samples", query={"after": after, "wait_s": wait_s},
+            timeout_s=self._timeout_s + wait_s, retry=False,
+        )  # fmt: skip
         samples = [sample_from_json(sample) for sample in answer["samples"]]
         return SampleBatch(answer["seq"], answer["now"], samples, answer["instances"])
 

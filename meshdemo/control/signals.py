@@ -134,7 +134,8 @@ class Signal:
     caller: str | None
     start: float
     end: float
-    requests: int
+    requests: int  # all of the samples that end in the window
+    requests_within: float  # of them, what lies in it: a sample may stick out at its start
     failures: int
     latency: Histogram
     failed_latency: Histogram = field(default_factory=Histogram)
@@ -150,7 +151,7 @@ class Signal:
     def rps(self) -> float:
         """Requests per second over the window."""
         seconds = self.end - self.start
-        return self.requests / seconds if seconds > 0 else 0.0
+        return self.requests_within / seconds if seconds > 0 else 0.0
 
     @property
     def success_rate(self) -> float | None:
