@@ -220,10 +220,11 @@ def test_watch_goes_on_when_the_control_plane_is_killed(calm: Cli) -> None:
         watch.until("signals", service="service-b")
         calm.run("fault", "--err", "0.7", "--instance", B2, "--at", "mesh")
         healed = watch.until("healed")
+        assert watch.stop() == 0
     assert healed["remedy"] == "eject"
     journal = [event.get("id") for event in client(calm).events().events]
-    said = [event["id"] for event in watch.events if event["event"] != "signals"]
-    assert [one for one in said if one not in journal] == []
+    said = [event for event in watch.events if event["event"] != "signals"]
+    assert [(one["event"], one["text"]) for one in said if one["id"] not in journal] == []
 
 
 def test_ctrl_c_in_the_middle_of_a_remedy_leaves_the_mesh_consistent(calm: Cli) -> None:
