@@ -133,6 +133,17 @@ def test_a_bad_version_loses_its_traffic() -> None:
     assert run.mesh.split == {"v1": 100, "v2": 0}
 
 
+def test_a_version_without_a_share_of_the_traffic_is_not_waited_for() -> None:
+    for seed in range(5):
+        run = start(seed=seed, versions={"v1": 2, "v2": 1})
+        run.mesh.split = {"v1": 100, "v2": 0}
+        run.run(3)
+        _one_instance(run)
+        run.run(30, run.healed)
+        assert run.kinds() == ["eject"]
+        assert (run.of("healed")[0].recover_s or 99) <= 6
+
+
 def test_a_bad_caller_is_told_from_a_bad_service() -> None:
     run = start(callers=[Caller("web", 100), Caller("batch", 100)])
     run.mesh.mesh_fault(caller="web", err_rate=0.4)

@@ -291,7 +291,7 @@ class Core:
             # Those that can be asked: they report, and take traffic or still owe answers.
             one
             for one in self.situation.of_service(service)
-            if not one.silent and (one.in_service or after.involves(one.id))
+            if not one.silent and (one.in_service or after.involves(one.id)) and after.takes_turns(one.id)
         )
         unproven = self._unproven(service)
         place = localise(service, judge.allowed, parts, after.callers(), unproven=unproven, final=final)

@@ -20,6 +20,7 @@ _LATEST_S = 30.0
 _ABOUT_S = 0.05  # the stamps of one sidecar's exports, moved onto our clock, differ by less
 _ABOUT_AS_BAD = 0.9
 _TIMED_OUT = ("0", "408", "504")  # no response at all, or given up waiting for one
+_TURN = 5  # who got no request while others got so many each, is not in their rotation
 _EXPLAINS = 0.5  # a callee whose bad answers are at least this share of ours is to blame
 
 
@@ -52,6 +53,17 @@ class After:
         sums = self.by_instance.get(instance)
         return sums is not None and (sums.bad > 0 or sums.overdue > 0)
 
+    def takes_turns(self, instance: str) -> bool:
+        """Does it get requests, as far as can be told? One of a version without a share of traffic does not.
+
+        One that had bad ones and gets none since is another matter: its callers avoid it.
+        """
+        sums = self.by_instance.get(instance, _Sums())
+        if sums.end <= self.alarm_at or sums.certain or sums.bad or sums.overdue:
+            return True
+        others = [one.certain for one in self.by_instance.values() if one.certain]
+        return not others or sum(others) < _TURN * len(others)
+
     def instances(self, seen: Iterable[Seen]) -> list[Part]:
         """The counts of these instances, overdue requests among the bad ones."""
         parts = []
@@ -83,7 +95,11 @@ class After:
         requests = sum(sums.requests + sums.overdue for sums in self.by_instance.values())
         bad = sum(sums.bad + sums.overdue for sums in self.by_instance.values())
         share = bad / requests if requests else 0.0
-        return all(sums.certain * share >= expected_bad for sums in self.by_instance.values())
+        return all(
+            sums.certain * share >= expected_bad
+            for name, sums in self.by_instance.items()
+            if self.takes_turns(name)
+        )
 
     def still_bad(self, instances: Sequence[str], allowed: float, *, final: bool) -> bool | None:
         """Are these still bad? Told by exports that began after the alarm. None: not clear yet.
