@@ -125,6 +125,39 @@ def test_nothing_there(cli: Cli) -> None:
     assert not cli.home.exists()
 
 
+def test_folders_that_are_no_meshes_are_left_alone(tmp_path: Path) -> None:
+    """A home that holds other things, too: nothing is removed from it, nothing written into them."""
+    home = tmp_path / "home"
+    for name in ("photos", "thesis", "empty"):
+        (home / name).mkdir(parents=True)
+    (home / "photos" / "summer.jpg").write_text("x")
+    (home / "thesis.lock").write_text("my own")
+    (home / "photos.lock").write_text("my own")
+
+    def files() -> list[str]:
+        return sorted(str(path.relative_to(home)) for path in home.rglob("*"))
+
+    before = files()
+    cli = Cli(home, "photos")
+    assert cli.json("down", "--all") == {"removed": []}
+    assert cli.json("down") == {"removed": []}
+    said = cli.run("up", status=2)
+    assert f"{home / 'photos'} holds files that are not a mesh's" in said
+    assert len(said.splitlines()) == 1
+    assert "holds files" in cli.run("up", "--runtime", "kubernetes", status=2)
+    assert files() == before
+    assert (home / "photos.lock").read_text() == "my own"
+
+
+def test_an_up_that_fails_leaves_what_else_is_in_its_home(tmp_path: Path) -> None:
+    home, app = tmp_path / "home", tmp_path / "broken.yaml"
+    (home / "photos").mkdir(parents=True)
+    (home / "photos" / "summer.jpg").write_text("x")
+    app.write_text(BROKEN)
+    Cli(home, "shop").run("up", "--app", str(app), status=1)
+    assert [str(path.relative_to(home)) for path in home.rglob("*")] == ["photos", "photos/summer.jpg"]
+
+
 def test_a_home_that_is_deep(tmp_path: Path) -> None:
     home = tmp_path / ("deep" * 20) / ("deeper" * 20)
     assert len(str(home)) > 200

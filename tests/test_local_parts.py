@@ -24,7 +24,7 @@ from meshdemo.runtime.local.client import SupervisorClient
 from meshdemo.runtime.local.files import Lock, locked, write_atomic
 from meshdemo.runtime.local.keeper import BoundedLog
 from meshdemo.runtime.local.logs import read
-from meshdemo.runtime.local.paths import MeshPaths, home, names
+from meshdemo.runtime.local.paths import MARK, MeshPaths, claim, home, names
 from meshdemo.runtime.local.ports import Port
 from meshdemo.runtime.local.probe import ask
 from meshdemo.runtime.local.through import request_through
@@ -91,8 +91,10 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MESHDEMO_HOME", str(tmp_path))
     assert home() == tmp_path
     assert list(names()) == []
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two.lock").touch()
+    claim(tmp_path / "one")
+    MeshPaths.of("two").lock.touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "thesis.lock").touch()
     assert list(names()) == ["one", "two"]
 
 
@@ -116,6 +118,24 @@ def test_folders_are_private(tmp_path: Path) -> None:
             paths.make()
     finally:
         paths.sockets.rmdir()
+
+
+def test_a_folder_is_ours_from_its_first_moment(tmp_path: Path) -> None:
+    """An `up` that is killed between making the folder and marking it has left nothing that nobody removes."""
+    paths = MeshPaths(tmp_path / "m")
+    paths.state.mkdir()
+    assert not paths.ours
+    paths.lock.touch()
+    assert paths.ours
+    (paths.state / "photo").touch()
+    assert not paths.ours
+    with pytest.raises(BadInput, match="files that are not a mesh's"):
+        claim(paths.state)
+    (paths.state / "photo").unlink()
+    claim(paths.state)
+    paths.lock.unlink()
+    assert paths.ours
+    assert [path.name for path in paths.state.iterdir()] == [MARK]
 
 
 def test_a_home_that_is_a_file(tmp_path: Path) -> None:

@@ -19,14 +19,16 @@ KINDS = ("auto", "local", "kind", "kubernetes")
 def choose(kind: str, name: str) -> tuple[Runtime, str]:
     """The runtime to bring a mesh up with, and why that one.
 
-    Raises BadInput if there is no such runtime.
+    Raises BadInput if there is no such runtime, or something else is where the mesh's files would be.
     """
+    from meshdemo.runtime.local.paths import check_free
     from meshdemo.runtime.local.runtime import LocalRuntime
 
     if kind not in KINDS:
         raise BadInput(f"--runtime '{kind}': allowed is {', '.join(KINDS)}")
     why = "asked for"
     local = LocalRuntime(name)
+    check_free(local.paths.state)
     runs = _in_cluster(name) or (local if local.paths.spec.exists() else None)
     if kind == "auto":
         if runs is not None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from meshdemo.control.files import write_atomically
 from meshdemo.errors import Failed
-from meshdemo.runtime.local.paths import home
+from meshdemo.runtime.local.paths import claim, home, is_marked
 
 if TYPE_CHECKING:
     from meshdemo.kube import Cluster
@@ -70,10 +70,10 @@ def load(mesh: str) -> Record | None:
 
 
 def save(record: Record) -> None:
-    """Remember. Raises Failed."""
+    """Remember. Raises Failed, BadInput if the folder for it holds something else."""
     folder = home() / record.mesh
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        claim(folder)
         write_atomically(folder / _FILE, record.model_dump_json(indent=2).encode())
     except OSError as error:
         raise Failed(
@@ -84,4 +84,5 @@ def save(record: Record) -> None:
 
 def forget(mesh: str) -> None:
     """Remove all that this machine remembers of a mesh."""
-    shutil.rmtree(home() / mesh, ignore_errors=True)
+    if is_marked(home() / mesh):
+        shutil.rmtree(home() / mesh, ignore_errors=True)

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshdemo.errors import Failed
+from meshdemo.errors import BadInput, Failed
 
 _SHORT = Path("/tmp")  # noqa: S108 - the folder made in it is private, and checked to be ours
-LOCK_SUFFIX = ".lock"
+LOCK_SUFFIX = ".meshdemo.lock"
+MARK = ".meshdemo"  # a file in each folder that we made: what carries it is a mesh and may be removed
 
 
 def home() -> Path:
@@ -52,6 +53,14 @@ class MeshPaths:
     def lock(self) -> Path:
         """Held by an `up` or `down` at work. Beside the folder, since `down` removes the folder."""
         return self.state.with_name(self.state.name + LOCK_SUFFIX)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the folder is one that `up` has made, and so `down` may remove.
+
+        An `up` that was killed may have left it without its mark; it is empty then, and the lock is there.
+        """
+        return is_marked(self.state) or (self.lock.exists() and _is_empty(self.state))
 
     @property
     def watch_lock(self) -> Path:
@@ -108,9 +117,13 @@ class MeshPaths:
         return self.sockets / f"{number}"
 
     def make(self) -> None:
-        """Make the folders, readable by their owner alone. Raises Failed if that cannot be."""
+        """Make the folders, readable by their owner alone.
+
+        Raises Failed if that cannot be, BadInput if the folder holds something else than a mesh.
+        """
         try:
-            for folder in (self.state, self.control, self.logs):
+            claim(self.state)
+            for folder in (self.control, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.sockets.mkdir(mode=0o700, exist_ok=True)
             status = self.sockets.lstat()
@@ -123,14 +136,49 @@ class MeshPaths:
             raise Failed(f"{self.sockets} is not a private folder of yours", f"remove {self.sockets}")
 
 
+def is_marked(folder: Path) -> bool:
+    """Whether this is the folder of a mesh."""
+    return (folder / MARK).is_file()
+
+
+def check_free(folder: Path) -> None:
+    """Raises BadInput if a folder holds something, and that is no mesh."""
+    try:
+        foreign = not is_marked(folder) and any(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if foreign:
+        raise BadInput(
+            f"{folder} holds files that are not a mesh's: use another --name, or set MESHDEMO_HOME to a "
+            "folder of its own"
+        )
+
+
+def claim(folder: Path) -> None:
+    """Make the folder of a mesh, and mark it as such before anything else is in it.
+
+    Raises BadInput if it holds something else, OSError.
+    """
+    check_free(folder)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / MARK).touch(mode=0o600)
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
+
+
 def names() -> Iterator[str]:
     """The names of all meshes that have left anything in `home()`."""
     folder = home()
     found = set()
     if folder.is_dir():
         for entry in folder.iterdir():
-            if entry.is_dir():
+            if is_marked(entry):
                 found.add(entry.name)
-            elif entry.suffix == LOCK_SUFFIX:
-                found.add(entry.stem)
+            elif entry.name.endswith(LOCK_SUFFIX):
+                found.add(entry.name.removesuffix(LOCK_SUFFIX))
     yield from sorted(found)

@@ -164,8 +164,8 @@ class LocalRuntime:
         """Remove all that `up` made; what was removed, in words. Nothing running is fine."""
         from meshdemo.runtime.local.leftovers import find
 
-        traces = (self.paths.state, self.paths.lock, self.paths.sockets)
-        if not any(path.exists() for path in traces) and not find(self.paths.state):
+        left = self.paths.ours or self.paths.lock.exists() or self.paths.sockets.exists()
+        if not left and not find(self.paths.state):
             return []
         self._lock = Lock.take(
             self.paths.lock, f"another `meshdemo down` of mesh '{self.name}'", wait_s=_LOCK_PATIENCE_S
@@ -191,7 +191,7 @@ class LocalRuntime:
             removed.append(f"{killed} processes that were left over")
         if self._process is not None:
             self._process.wait()
-        for folder in (self.paths.sockets, self.paths.state):
+        for folder in (self.paths.sockets, *([self.paths.state] if self.paths.ours else [])):
             if folder.exists():
                 _remove_folder(folder)
                 removed.append(str(folder))

@@ -469,6 +469,8 @@ class Supervisor:
         async with self._locks[key]:
             before = self.spec.workloads[key]
             after = change(before)
+            if after == before:
+                return after
             program = self.spec.program(before.service, before.version)
             stale = [
                 unit
