@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 Protocol = Literal["http", "grpc", "tcp"]
 
+GATEWAY = "gateway"
+"""The caller that is the mesh's edge. No service of an app has this name."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,6 +88,8 @@ class App(_Strict):
     @model_validator(mode="after")
     def _names_exist(self) -> App:
         known = ", ".join(self.services)
+        if GATEWAY in self.services:
+            raise ValueError(f"'{GATEWAY}' is the name of the mesh's own gateway; call the service otherwise")
         if self.front not in self.services:
             raise ValueError(f"front: no service '{self.front}'; there are: {known}")
         for name, service in self.services.items():

@@ -35,7 +35,11 @@ def envoy(ctx: typer.Context, app: _App = None, service: _Service = None) -> Non
         try:
             runtime = context.runtime
             intent = runtime.control().intent()
-            mesh = MeshState(mesh=context.name, app=runtime.app(), instances=tuple(runtime.instances()))
+            url = runtime.endpoints()["gateway"]
+            edges = (preview.edge(urlsplit(url).port or 80),) if url else ()
+            mesh = MeshState(
+                mesh=context.name, app=runtime.app(), instances=tuple(runtime.instances()), gateways=edges
+            )
         except Missing:
             pass  # nothing runs: what would be pushed to the pair
     _print(context, preview.preview(mesh, intent, service))

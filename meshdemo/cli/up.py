@@ -68,6 +68,14 @@ def command(
         bool,
         typer.Option("--observability/--no-observability", help="Prometheus and Grafana (kind, kubernetes)."),
     ] = True,
+    gateway_port: Annotated[
+        int | None,
+        typer.Option(
+            "--gateway-port",
+            metavar="N",
+            help="Where the app's front is reached (default: 8081, or a free port if that is taken).",
+        ),
+    ] = None,
     otlp_endpoint: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +107,8 @@ def command(
         versions.setdefault(name, []).append(text)
     if not timeout > 0:
         raise BadInput(f"--timeout {timeout:g}: a time-out is more than zero (seconds)")
+    if gateway_port is not None and not 1 <= gateway_port <= 65535:
+        raise BadInput(f"--gateway-port {gateway_port}: allowed is 1 to 65535")
 
     if otlp_endpoint not in (None, "off"):
         from meshdemo.control.intent import trace_endpoint
@@ -112,7 +122,7 @@ def command(
         extra={
             "cwd": str(folder), "context": context, "kind_image": kind_image, "workers": workers,
             "base_image": base_image, "registry": registry, "observability": observability,
-            "watch": _policy() if watch else None, **observed(),
+            "watch": _policy() if watch else None, "gateway_port": gateway_port, **observed(),
         },
     )  # fmt: skip
     steps = where.steps(options)

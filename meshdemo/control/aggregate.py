@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from meshdemo.apps.model import GATEWAY
 from meshdemo.control.signals import Cell, Histogram, Sample, Signal
 
 if TYPE_CHECKING:
@@ -223,7 +224,10 @@ def row(signal: Signal) -> SignalRow:
 
 
 def _key_of_instance(by: By, service: str, version: str, instance: str) -> Key | None:
-    """The scope that an instance is part of; None where scopes are parts of an instance's requests."""
+    """The scope that an instance is part of. None where scopes are parts of an instance's requests, and for
+    the gateway, which nobody in the mesh calls."""
+    if service == GATEWAY:
+        return None
     match by:
         case "service":
             return (service, None, None, None, None)

@@ -27,6 +27,7 @@ from flask import Blueprint, Flask, Request, Response, current_app, jsonify, req
 from pydantic import BaseModel, ConfigDict, ValidationError
 from werkzeug.exceptions import HTTPException
 
+from meshdemo.apps.model import GATEWAY
 from meshdemo.control import aggregate, metrics
 from meshdemo.control import intent as intents
 from meshdemo.control.client import InstanceRow, StatusRow
@@ -97,7 +98,7 @@ class Control:
         rows: list[InstanceRow] = []
         for sidecar in sidecars:
             instance = sidecar.instance
-            if instance.leaving:
+            if instance.leaving or instance.service == GATEWAY:
                 continue
             report_s = self.store.last_report_s(instance.id)
             rows.append(
@@ -233,7 +234,7 @@ class Control:
 
     async def _refresh(self) -> Effect:
         mesh = self._read_mesh()
-        self.store.track([instance.id for instance in mesh.instances])
+        self.store.track([instance.id for instance in mesh.sidecars])
         return await self.plane.refresh(mesh)
 
     async def _sidecars(self) -> Sequence[Any]:

@@ -200,7 +200,7 @@ class TokenHashes:
     async def instance(self, token: str, mesh: MeshState) -> Instance | None:
         """The instance whose token this is."""
         if mesh is not self._mesh:
-            self._by_hash = {i.token_sha256: i for i in mesh.instances if i.token_sha256}
+            self._by_hash = {i.token_sha256: i for i in mesh.sidecars if i.token_sha256}
             self._mesh = mesh
         digest = hashlib.sha256(token.encode()).hexdigest()
         found = self._by_hash.get(digest)

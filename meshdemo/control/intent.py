@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from meshdemo.apps.model import Service
+from meshdemo.apps.model import GATEWAY, Service
+from meshdemo.control import gateway
 from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Ejection, Fault, Instance, Intent, MeshState, Traffic
 from meshdemo.errors import BadInput, Failed
@@ -61,7 +62,7 @@ def new_fault(request: Mapping[str, Any], mesh: MeshState, now: float) -> Fault:
     if instance is not None:
         _instance(mesh, instance, request["service"], version)
     if caller is not None:
-        _service(mesh, caller, what="caller")
+        _caller(mesh, caller)
     if route is not None and not (isinstance(route, str) and route.startswith("/")):
         raise BadInput(f"route '{route}' does not start with '/'", "give a path prefix such as /work")
     lat_ms = _number("latency", request.get("lat_ms", 0), 0, MAX_LATENCY_MS, "ms")
@@ -247,7 +248,7 @@ def set_access(intent: Intent, mesh: MeshState, caller: str, service: str, allow
     Raises:
         BadInput: an unknown service, or a value that is not a truth value.
     """
-    _service(mesh, caller, what="caller")
+    _caller(mesh, caller)
     _service(mesh, service)
     if not isinstance(allowed, bool):
         raise BadInput(f"allowed '{allowed}' is neither true nor false")
@@ -255,8 +256,9 @@ def set_access(intent: Intent, mesh: MeshState, caller: str, service: str, allow
 
 
 def access(intent: Intent, mesh: MeshState) -> Iterator[Access]:
-    """Every pair of services that the app file or the intent speaks of."""
+    """Every pair of services that the app file, the gateway's routes or the intent speak of."""
     declared = {f"{name}>{callee}" for name, service in mesh.app.services.items() for callee in service.calls}
+    declared |= gateway.pairs(mesh)
     for pair in sorted(declared | set(intent.access)):
         caller, _, service = pair.partition(">")
         yield Access(caller, service, intent.access.get(pair, pair in declared), pair in intent.access)
@@ -367,6 +369,11 @@ def _service(mesh: MeshState, name: Any, what: str = "service") -> Service:
     if isinstance(name, str) and name in mesh.app.services:
         return mesh.app.services[name]
     raise BadInput(f"unknown {what} '{name}'", f"services of this mesh: {', '.join(mesh.app.services)}")
+
+
+def _caller(mesh: MeshState, name: Any) -> None:
+    if not (name == GATEWAY and mesh.gateways):
+        _service(mesh, name, what="caller")
 
 
 def _version(mesh: MeshState, service: str, version: Any) -> None:

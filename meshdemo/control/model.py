@@ -37,6 +37,18 @@ class Instance(_Value):
     token_sha256: str = Field(default="", description="hex; of the bearer token (local runtime)")
 
 
+class Entry(_Value):
+    """Requests from outside that the gateway leads to services of the mesh."""
+
+    host: str = Field(default="*", description="a name, *.SUFFIX, or * for all")
+    path: str = "/"
+    exact: bool = Field(default=False, description="this path alone; else whatever is below it, too")
+    method: str | None = None
+    headers: tuple[tuple[str, str], ...] = Field(default=(), description="name and exact value")
+    backends: dict[str, int] = Field(default_factory=dict, description="service -> weight; none: an error")
+    default: bool = Field(default=False, description="takes what nothing else takes, on every host")
+
+
 class MeshState(_Value):
     """What a runtime tells the control plane: the app and its instances (`instances.json` locally)."""
 
@@ -44,6 +56,10 @@ class MeshState(_Value):
     namespace: str = "default"
     app: App
     instances: tuple[Instance, ...] = ()
+    gateways: tuple[Instance, ...] = Field(
+        default=(), description="the Envoys at the edge: sidecars without an app, of the service `gateway`"
+    )
+    entries: tuple[Entry, ...] = Field(default=(), description="where they lead besides the app's front")
     addresses: dict[str, str] = Field(
         default_factory=dict,
         description="service -> address of its name, where the sidecars' traffic is redirected to them "
@@ -52,6 +68,11 @@ class MeshState(_Value):
     ports: dict[str, int] = Field(
         default_factory=dict, description="service -> port of its name, where that is not its instances' own"
     )
+
+    @property
+    def sidecars(self) -> tuple[Instance, ...]:
+        """All that the control plane configures."""
+        return (*self.instances, *self.gateways)
 
 
 class Fault(_Value):

@@ -177,9 +177,9 @@ class ControlPlane:
         return self._authority.trust_path
 
     def sidecars(self) -> list[Sidecar]:
-        """How each instance's sidecar stands, in the order of the mesh state. On the loop only."""
+        """How each sidecar stands, in the order of the mesh state, gateways last. On the loop only."""
         found = []
-        for instance in self._mesh.instances:
+        for instance in self._mesh.sidecars:
             stream = self._discovery.stream(instance.id)
             nacks = stream.nacks() if stream else {}
             acked = stream is not None and stream.settled() and not nacks
@@ -234,12 +234,12 @@ class ControlPlane:
             if intent is not self._intent:
                 await asyncio.to_thread(self._store.save, intent)
             self._mesh, self._intent, self._rendered = mesh, intent, rendered
-            there = {instance.id for instance in mesh.instances}
+            there = {instance.id for instance in mesh.sidecars}
             for gone in set(self._identities) - there:
                 del self._identities[gone]
             for gone in set(self._composed) - there:
                 del self._composed[gone]
-            self._discovery.retain(mesh.instances)
+            self._discovery.retain(mesh.sidecars)
             outcome = await self._push()
         return self._effect(started, outcome)
 

@@ -12,7 +12,7 @@ from typing import Any
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 from google.protobuf import json_format
 
-from meshdemo.apps.model import App
+from meshdemo.apps.model import GATEWAY, App
 from meshdemo.control import xds
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.control.render import Renderer
@@ -20,14 +20,15 @@ from meshdemo.errors import BadInput
 
 
 def preview(mesh: MeshState, intent: Intent, service: str | None = None) -> dict[str, dict[str, Any]]:
-    """The resources of one sidecar of each service (or of one): service -> type -> resources.
+    """The resources of one sidecar of each service, or of one: service (or gateway) -> type -> resources.
 
     Secrets are not in it. Raises BadInput if there is no such service, or it has no instance.
     """
-    if service is not None and service not in mesh.app.services:
-        raise BadInput(f"no service '{service}'; there are: {', '.join(mesh.app.services)}")
+    known = (*mesh.app.services, GATEWAY)
+    if service is not None and service not in known:
+        raise BadInput(f"no service '{service}'; there are: {', '.join(known)}")
     first: dict[str, Instance] = {}
-    for instance in mesh.instances:
+    for instance in mesh.sidecars:
         first.setdefault(instance.service, instance)
     if service is not None and service not in first:
         raise BadInput(f"{service} has no instance, so nothing is pushed for it")
@@ -56,7 +57,15 @@ def imagined(app: App, mesh: str) -> MeshState:
                         app_port=base + 3,
                     )
                 )
-    return MeshState(mesh=mesh, app=app, instances=tuple(instances))
+    return MeshState(mesh=mesh, app=app, instances=tuple(instances), gateways=(edge(8081),))
+
+
+def edge(port: int) -> Instance:
+    """The gateway on one machine, at this port."""
+    return Instance(
+        id=GATEWAY, service=GATEWAY, version="v1", ready=True,
+        inbound_port=0, outbound_port=port, metrics_port=20_000 - 1, app_port=0,
+    )  # fmt: skip
 
 
 def _decoded(snapshot: xds.Snapshot) -> dict[str, Any]:

@@ -40,8 +40,8 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from pydantic import BaseModel
 
-from meshdemo.apps.model import App, Route, Service
-from meshdemo.control import captured, xds
+from meshdemo.apps.model import GATEWAY, App, Route, Service
+from meshdemo.control import captured, gateway, xds
 from meshdemo.control.identity import spiffe_id, trust_domain
 from meshdemo.control.intent import callers
 from meshdemo.control.model import Fault, Instance, Intent, MeshState, Traffic
@@ -217,10 +217,14 @@ class Renderer:
             )
             for name, service in mesh.app.services.items()
         }
-        return {
+        found = {
             instance.id: self._snapshot(shared, services[instance.service], instance)
             for instance in mesh.instances
         }
+        if mesh.gateways:
+            table = self._gateway_routes(mesh, splits, traffic)
+            found |= {one.id: self._gateway(mesh, one, shared, table, intent.traces) for one in mesh.gateways}
+        return found
 
     def _snapshot(self, shared: _Shared, of: _ServiceParts, instance: Instance) -> xds.Snapshot:
         inbound = self._inbound(of, instance)
@@ -383,6 +387,87 @@ class Renderer:
             lambda: _Made(captured.anywhere(plain.message, captured.PLAIN_PORT)),
         )
         return self._bundle(xds.LISTENERS, [inbound, metrics])
+
+    # -- the gateway --------------------------------------------------------------------------------------
+
+    def _gateway(
+        self,
+        mesh: MeshState,
+        instance: Instance,
+        shared: _Shared,
+        table: xds.Bundle,
+        traces: str | None,
+    ) -> xds.Snapshot:
+        """What the Envoy at the edge has: as a sidecar that only calls, and is called from outside."""
+        front = self._made("listener_gateway", Listener, traced=None if traces is None else GATEWAY)
+        plain = self._made("listener_plain", Listener, open_paths={})
+        if mesh.addresses:  # in a pod, which is reached at its own address
+            placed = [
+                self._once(
+                    ("gateway", front, instance.outbound_port),
+                    lambda: _Made(captured.anywhere(front.message, instance.outbound_port)),
+                ),
+                self._once(
+                    ("captured plain", plain),
+                    lambda: _Made(captured.anywhere(plain.message, captured.PLAIN_PORT)),
+                ),
+                self._made("listener_ready", Listener, port=captured.READY_PORT),
+            ]
+            own = self._bundle(xds.LISTENERS, placed)
+        else:
+            where = (instance.host, instance.outbound_port, instance.metrics_port)
+            own = self._once(
+                ("gateway", front, plain, *where),
+                lambda: self._interned(
+                    xds.LISTENERS,
+                    _placed(
+                        (front.message, instance.host, instance.outbound_port),
+                        (plain.message, instance.host, instance.metrics_port),
+                    ),
+                ),
+            )
+        return {
+            xds.RUNTIME: (shared.runtime,),
+            xds.CLUSTERS: (shared.clusters,),
+            xds.ENDPOINTS: (shared.endpoints,),
+            xds.LISTENERS: (own,),
+            xds.ROUTES: (table,),
+        }
+
+    def _gateway_routes(
+        self, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traffic: Mapping[str, Traffic]
+    ) -> xds.Bundle:
+        declared = {name: declared_routes(service) for name, service in mesh.app.services.items()}
+        hosts = [
+            {
+                "name": host.name,
+                "unknown": host.unknown,
+                "routes": [self._gateway_route(route, mesh, splits, traffic) for route in host.routes],
+            }
+            for host in gateway.hosts(mesh, declared)
+        ]
+        return self._bundle(xds.ROUTES, [self._made("routes_gateway", RouteConfiguration, hosts=hosts)])
+
+    @staticmethod
+    def _gateway_route(
+        route: gateway.GatewayRoute,
+        mesh: MeshState,
+        splits: Mapping[str, Mapping[str, int]],
+        traffic: Mapping[str, Traffic],
+    ) -> dict[str, Any]:
+        """A route with what callers of its (first) service go by."""
+        first = route.backends[0][0] if route.backends else None
+        return {
+            "name": route.name,
+            "kind": route.kind,
+            "path": route.path,
+            "method": route.method,
+            "headers": route.headers,
+            "clusters": _shares(route.backends, splits),
+            "service": first,
+            "protocol": mesh.app.services[first].protocol if first else "http",
+            "traffic": _routing(traffic[first]) if first else _DEFAULT,
+        }
 
     # -- what the instances of one service share ----------------------------------------------------------
 
@@ -657,16 +742,33 @@ def _assignment(name: str, addresses: Iterable[tuple[str, int]]) -> ClusterLoadA
     return assignment
 
 
+def _shares(backends: Iterable[tuple[str, int]], splits: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Cluster -> weight: each backend's share, divided as its own traffic is split."""
+    parts = {
+        f"{service}/{version}": weight * part / sum(splits[service].values())
+        for service, weight in backends
+        for version, part in splits[service].items()
+        if part
+    }
+    whole = sum(parts.values())
+    return {cluster: max(1, round(1_000_000 * part / whole)) for cluster, part in parts.items()}
+
+
 def _listeners(
     shared: tuple[_Made[Listener], _Made[Listener], _Made[Listener]], instance: Instance
 ) -> xds.Bundle:
     inbound, outbound, plain = (one.message for one in shared)
-    encoded = {}
-    for message, host, port in (
+    return _placed(
         (inbound, instance.host, instance.inbound_port),
         (outbound, "127.0.0.1", instance.outbound_port),
         (plain, instance.host, instance.metrics_port),
-    ):
+    )
+
+
+def _placed(*listeners: tuple[Listener, str, int]) -> xds.Bundle:
+    """Listeners, each at its address and port."""
+    encoded = {}
+    for message, host, port in listeners:
         listener = Listener()
         listener.CopyFrom(message)
         listener.address.socket_address.address = host

@@ -143,7 +143,7 @@ async def serve(place: Place, backend: Backend | None = None) -> None:
     def record(event: Mapping[str, Any]) -> None:
         totals.event(journal.append(event))
 
-    store.track([instance.id for instance in mesh.instances])
+    store.track([instance.id for instance in mesh.sidecars])
     plane = ControlPlane(
         place.control, mesh, journal=record, authenticator=backend.authenticator, intents=backend.intents
     )

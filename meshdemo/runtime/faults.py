@@ -161,8 +161,12 @@ def resolve(asked: FaultRequest, app: App, instances: Sequence[Instance]) -> Tar
     if service not in app.services:
         hint = "" if asked.service is not None else "name one with --service; "
         raise BadInput(f"no service '{service}'; {hint}there are: {', '.join(app.services)}")
-    if asked.caller is not None and asked.caller not in app.services:
-        raise BadInput(f"no caller '{asked.caller}'; there are: {', '.join(app.services)}")
+    if asked.caller is not None:
+        from meshdemo.apps.model import GATEWAY
+
+        callers = (*app.services, GATEWAY)
+        if asked.caller not in callers:
+            raise BadInput(f"no caller '{asked.caller}'; there are: {', '.join(callers)}")
     of_service = [one for one in instances if one.service == service]
     if only is not None and only.service != service:
         own = ", ".join(one.id for one in of_service) or "none"

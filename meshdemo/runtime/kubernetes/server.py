@@ -88,7 +88,7 @@ class Backend(server.Backend):
         while True:
             await self._source.change()
             if mesh := self._source.mesh():
-                control.store.track([one.id for one in mesh.instances if not one.leaving])
+                control.store.track([one.id for one in mesh.sidecars if not one.leaving])
                 try:
                     await control.plane.refresh(mesh)
                 except MeshdemoError as error:

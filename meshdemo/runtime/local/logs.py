@@ -16,7 +16,8 @@ def read(folder: Path, workloads: Collection[str] | None, follow: bool) -> Itera
     """(source, line) of all logs in `folder`, by time; `follow`: also those still to come.
 
     Args:
-        workloads: only their instances and sidecars, each as `SERVICE-VERSION`; None: everything.
+        workloads: only their instances and sidecars, each as `SERVICE-VERSION` (or what else has a log, by
+            its name); None: everything.
     """
     readers: dict[Path, _Reader] = {}
     while True:
@@ -32,7 +33,8 @@ def read(folder: Path, workloads: Collection[str] | None, follow: bool) -> Itera
 
 
 def _belongs(stem: str, workloads: Collection[str] | None) -> bool:
-    return workloads is None or stem.removesuffix(".sidecar").rpartition("-")[0] in workloads
+    workload = stem.removesuffix(".sidecar").rpartition("-")[0]
+    return workloads is None or stem in workloads or workload in workloads
 
 
 class _Reader:

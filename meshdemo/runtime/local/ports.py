@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Iterable
 
 LOOPBACK = "127.0.0.1"
 _CAN_HOLD = sys.platform == "linux"
@@ -19,29 +20,42 @@ _CAN_HOLD = sys.platform == "linux"
 class Port:
     """A port on loopback, held until `release` where that is possible."""
 
-    def __init__(self, *, hold: bool = True) -> None:
+    def __init__(self, number: int = 0, *, hold: bool = True) -> None:
+        """`number`: this very port (OSError if it cannot be had); 0: one that the system chooses."""
         self._hold = hold and _CAN_HOLD
-        self._socket: socket.socket | None = None
+        self._sockets: tuple[socket.socket, ...] = ()
         self.number = 0
-        self.renew()
+        self._take(number)
 
     def renew(self) -> None:
         """Choose another number."""
         self.release()
+        self._take(0)
+
+    def _take(self, number: int) -> None:
         bound = socket.socket()
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((LOOPBACK, 0))
+        held = [bound]
+        try:
+            if number and self._hold:
+                # Two that hold one port do not hinder each other, so that one of them would have to lose it
+                # later. The name of an abstract socket is there once.
+                held.append(socket.socket(socket.AF_UNIX))
+                held[1].bind(f"\0meshdemo/port/{number}")
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((LOOPBACK, number))
+        except OSError:
+            _close(held)
+            raise
         self.number = bound.getsockname()[1]
         if self._hold:
-            self._socket = bound
+            self._sockets = tuple(held)
         else:
             bound.close()
 
     def release(self) -> None:
         """Let go of it."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        _close(self._sockets)
+        self._sockets = ()
 
     def lost(self) -> bool:
         """Whether somebody uses it. Ask while the program that it is meant for does not listen on it."""
@@ -52,3 +66,8 @@ class Port:
             except OSError:
                 return True
         return False
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for one in sockets:
+        one.close()

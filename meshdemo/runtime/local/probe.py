@@ -71,6 +71,21 @@ async def answers(where: int | Path, path: str) -> bool:
     return (await ask(where, path)).status == 200
 
 
+async def listening(admin: Path) -> set[int] | None:
+    """The ports that a live sidecar listens on; None if it is not live, or does not say.
+
+    `/ready` alone does not tell that a listener got its port.
+    """
+    if not await answers(admin, "/ready"):
+        return None
+    listed = await ask(admin, "/listeners?format=json")
+    try:
+        statuses = json.loads(listed.body).get("listener_statuses", [])
+        return {one["local_address"]["socket_address"]["port_value"] for one in statuses}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 async def serves(port: int, service: Service, timeout_s: float = _TIMEOUT_S) -> bool:
     """Whether a workload's own server answers: 200 at its health check, for gRPC its first HTTP/2 frame.
 

@@ -60,7 +60,8 @@ def write_targets(folder: Path, app: App, instances: Iterable[Instance]) -> None
         labels = {"service": instance.service, "version": instance.version, "instance": instance.id}
         target = f"{instance.host}:{instance.metrics_port}"
         sidecars.append({"targets": [target], "labels": labels})
-        if path := app.services[instance.service].metrics:
+        service = app.services.get(instance.service)  # the gateway is none, and has no program
+        if service is not None and (path := service.metrics):
             workloads.append({"targets": [target], "labels": {**labels, "__metrics_path__": path}})
     write_atomic(folder / "workloads.json", json.dumps(workloads))
     write_atomic(folder / "sidecars.json", json.dumps(sidecars))

@@ -45,6 +45,7 @@ class LocalRuntime:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.notes: list[str] = []  # what `up` did otherwise than one may expect
         self.paths = MeshPaths.of(name)
         self._supervisor = SupervisorClient(self.paths)
         self._lock: Lock | None = None
@@ -66,6 +67,10 @@ class LocalRuntime:
         ready = running is not None and all(one["ready"] for one in running["instances"])
         if ready and not specs.differences(before, wanted):
             return []
+        if wanted.gateway_port and (running is None or running["gateway_port"] != wanted.gateway_port):
+            from meshdemo.runtime.local import gateway
+
+            gateway.check(wanted.gateway_port)  # before anything is begun
         up = _Up(
             self,
             wanted,
@@ -86,7 +91,7 @@ class LocalRuntime:
             for key, workload in wanted.workloads.items()
             if workload.instances
         ]
-        extra = []
+        extra = [Step("Starting the gateway", up.wait_for("gateway"), after=[start.title])]
         if shutil.which("prometheus"):
             extra.append(Step("Starting Prometheus", up.wait_for("prometheus"), after=[start.title]))
         before_last = [step.title for step in (control, *instances, *extra)]
@@ -223,11 +228,20 @@ class LocalRuntime:
         description = self._describe()
         prometheus = description["prometheus_port"] if description["prometheus_ready"] else None
         return {
-            "gateway": None,
+            "gateway": gateway_url(description) if description["gateway_ready"] else None,
             "dashboard": f"http://127.0.0.1:{description['http_port']}/",
             "prometheus": f"http://127.0.0.1:{prometheus}/" if prometheus else None,
             "grafana": None,
         }
+
+    def note_gateway(self) -> None:
+        """Say where the gateway is, if that is not where it is expected."""
+        from meshdemo.runtime.local.gateway import DEFAULT_PORT
+
+        description = self._describe()
+        named = description["spec"]["gateway_port"] is not None
+        if not named and description["gateway_port"] != DEFAULT_PORT:
+            self.notes.append(f"port {DEFAULT_PORT} is taken; the gateway is {gateway_url(description)}")
 
     def control(self) -> ControlClient:
         """A client of the control plane's API."""
@@ -316,16 +330,18 @@ class LocalRuntime:
 
     def logs(self, service: str | None, follow: bool) -> Iterator[tuple[str, str]]:
         """(source, line) of instances, sidecars, the control plane and the supervisor, by time."""
+        from meshdemo.apps.model import GATEWAY
         from meshdemo.runtime.local.logs import read
 
         spec = self._stored_spec(None)
         if spec is None:
             self._describe()  # says what is missing
             return
-        if service is not None and service not in spec.app.services:
-            raise BadInput(f"no service '{service}'; there are: {', '.join(spec.app.services)}")
-        workloads = None
-        if service is not None:
+        known = (*spec.app.services, GATEWAY)
+        if service is not None and service not in known:
+            raise BadInput(f"no service '{service}'; there are: {', '.join(known)}")
+        workloads = None if service is None else {GATEWAY}
+        if service in spec.app.services:
             workloads = {f"{service}-{version}" for version in spec.app.services[service].versions}
         yield from read(self.paths.logs, workloads, follow)
 
@@ -442,10 +458,16 @@ class _Up:
             if time.monotonic() > self._deadline:
                 raise self._too_late(problem)
         self.wait_for("load")()
+        self._runtime.note_gateway()
         self._runtime.release_lock()
 
     def _too_late(self, problem: str) -> Failed:
         return Failed(f"{problem} after {self._timeout_s:g} s", "give it longer with --timeout")
+
+
+def gateway_url(description: dict[str, Any]) -> str:
+    """Where a browser finds the gateway."""
+    return f"http://localhost:{description['gateway_port']}/"
 
 
 def _title(workload: Any) -> str:

@@ -88,6 +88,7 @@ class MeshSpec(_Value):
         default=None, description="load of each instance that makes load; None: its own"
     )
     timers: tuple[Timer, ...] = ()
+    gateway_port: int | None = Field(default=None, description="as the user named it; None: any")
 
     def workload(self, service: str, version: str) -> WorkloadSpec:
         """A workload that runs. Raises BadInput naming those there are."""
@@ -173,7 +174,12 @@ def wanted(options: UpOptions, before: MeshSpec | None, *, now: float, runs_imag
         workloads=workloads,
         rps=options.rps if options.rps is not None else (before.rps if before else None),
         timers=tuple(timer for timer in (before.timers if before else ()) if _key(timer) in workloads),
+        gateway_port=None if runs_images else options.extra.get("gateway_port") or _port(before),
     )
+
+
+def _port(before: MeshSpec | None) -> int | None:
+    return before.gateway_port if before is not None else None
 
 
 def differences(before: MeshSpec | None, after: MeshSpec) -> list[str]:
@@ -198,6 +204,8 @@ def differences(before: MeshSpec | None, after: MeshSpec) -> list[str]:
     ]
     if after.rps is not None and before.rps != after.rps:
         words.append(f"load: {after.rps:g} requests/s")
+    if after.gateway_port is not None and before.gateway_port != after.gateway_port:
+        words.append(f"gateway: port {after.gateway_port}")
     if not words and before.app != after.app:
         words.append("the app file")
     return words

@@ -38,13 +38,14 @@ from meshdemo.errors import BadInput, Failed, MeshdemoError
 from meshdemo.runtime.local import prometheus
 from meshdemo.runtime.local import spec as specs
 from meshdemo.runtime.local.files import write_atomic
+from meshdemo.runtime.local.gateway import Gateway
 from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Reaper
 from meshdemo.runtime.local.leftovers import MARK
 from meshdemo.runtime.local.paths import MeshPaths
 from meshdemo.runtime.local.ports import LOOPBACK, Port
 from meshdemo.runtime.local.probe import answers
 from meshdemo.runtime.local.spec import MeshSpec, WorkloadSpec
-from meshdemo.runtime.local.unit import STOP_GRACE_S, Run, Unit
+from meshdemo.runtime.local.unit import STOP_GRACE_S, Run, Sidecar, Unit
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Supervisor:
         self._envoy = find_envoy()
         self._numbers = 0
         self._known: tuple[Instance, ...] = ()
+        self.gateway = Gateway(self, spec.gateway_port)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = asyncio.Event()
@@ -153,6 +155,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._stopping.set)
         self._start_guard()
         self._write_identity()
+        self.gateway.prepare()
         for workload in self.spec.workloads.values():
             self._add_units(workload)
         self._write_state()
@@ -179,6 +182,7 @@ class Supervisor:
         await asyncio.gather(
             *(keeper.stop(_SHUTDOWN_GRACE_S) for keeper in keepers),
             *(unit.stop(_SHUTDOWN_GRACE_S) for unit in self.units.values()),
+            self.gateway.stop(_SHUTDOWN_GRACE_S),
             return_exceptions=True,
         )
         self.paths.api.unlink(missing_ok=True)
@@ -219,7 +223,7 @@ class Supervisor:
 
     def changed(self) -> None:
         """An instance became ready, died, or got another port."""
-        if self._instances() != self._known:
+        if self._sidecars() != self._known:
             self.publisher.request()
         self.changes.notify()
 
@@ -267,29 +271,35 @@ class Supervisor:
         self._load_on = True
         self.changes.notify()
 
-    def sidecar_command(self, unit: Unit) -> list[str]:
+    def sidecar_command(self, of: Sidecar) -> list[str]:
         """Write what a sidecar is started with; its command line. Raises OSError."""
         from meshdemo.control.bootstrap import Placement, bootstrap_files, envoy_arguments
 
         placement = Placement(
-            folder=unit.folder,
+            folder=of.folder,
             trust=self.paths.control / "trust.pem",
-            admin=unit.admin,
+            admin=of.admin,
             control_host=LOOPBACK,
             control_port=self._grpc.number,
         )
-        for name, content in bootstrap_files(unit.instance(), placement).items():
-            write_atomic(unit.folder / name, content)
-        return envoy_arguments(self._envoy, unit.folder / "bootstrap.yaml")
+        for name, content in bootstrap_files(of.instance(), placement).items():
+            write_atomic(of.folder / name, content)
+        return envoy_arguments(self._envoy, of.folder / "bootstrap.yaml")
 
     # -- state for others ----------------------------------------------------------------------------------
 
     def _instances(self) -> tuple[Instance, ...]:
         return tuple(unit.instance() for unit in self.units.values())
 
+    def _sidecars(self) -> tuple[Instance, ...]:
+        return (*self._instances(), self.gateway.instance())
+
     def _write_state(self) -> None:
-        self._known = self._instances()
-        state = MeshState(mesh=self.spec.mesh, app=self.spec.app, instances=self._known)
+        self._known = self._sidecars()
+        *instances, edge = self._known
+        state = MeshState(
+            mesh=self.spec.mesh, app=self.spec.app, instances=tuple(instances), gateways=(edge,)
+        )
         write_atomic(self.paths.instances, state.model_dump_json())
         if self.prometheus is not None:
             prometheus.write_targets(self.paths.prometheus, self.spec.app, self._known)
@@ -353,6 +363,8 @@ class Supervisor:
             for unit in self.units.values():
                 if unit.sidecar.starts:
                     unit.sidecar.replace()  # its bootstrap names the old port
+            if self.gateway.keeper.starts:
+                self.gateway.keeper.replace()
         return bool(lost)
 
     async def _start_sidecars(self) -> None:
@@ -362,6 +374,7 @@ class Supervisor:
         for unit in list(self.units.values()):
             if not unit.sidecar.starts:
                 unit.sidecar.start()
+        self.gateway.keeper.start()
 
     def _make_prometheus(self) -> Keeper | None:
         binary = prometheus.find()
@@ -565,8 +578,11 @@ class Supervisor:
         identity = json.loads(self.paths.supervisor.read_text())
         keepers = [self.control, *([self.prometheus] if self.prometheus else [])]
         keepers += [keeper for unit in self.units.values() for keeper in unit.keepers()]
+        keepers.append(self.gateway.keeper)
         return {
             **identity,
+            "gateway_port": self.gateway.port.number,
+            "gateway_ready": self.gateway.keeper.ready,
             "prometheus_ready": self.prometheus is not None and self.prometheus.ready,
             "control_ready": self.control.ready,
             "guard_pid": self._guard.pid if self._guard else None,
@@ -579,15 +595,16 @@ class Supervisor:
         }
 
     async def op_wait(self, what: str, timeout_s: float) -> bool:
-        """Whether `control`, `prometheus`, the `load` or a workload (`service/version`) is ready.
+        """Whether `control`, `gateway`, `prometheus`, the `load` or a workload (`service/version`) is ready.
 
         Waits for it up to `timeout_s`. Raises Failed with what it said if it keeps failing.
         """
-        if what == "control":
-            await self.changes.until(lambda: self.control.ready or self.control.failed, timeout_s)
-            if self.control.failed:
-                raise self.control.failure()
-            return self.control.ready
+        if what in ("control", "gateway"):
+            one = self.control if what == "control" else self.gateway.keeper
+            await self.changes.until(lambda: one.ready or one.failed, timeout_s)
+            if one.failed:
+                raise one.failure()
+            return one.ready
         if what == "load":
             return await self.changes.until(lambda: self._load_on, timeout_s)
         if what == "prometheus":
@@ -605,6 +622,7 @@ class Supervisor:
         """Bring the mesh to another spec: add, scale, roll out, remove. New instances are not waited for."""
         wanted = MeshSpec.model_validate(spec)
         before = self.spec
+        self.gateway.move(wanted.gateway_port)
         for key in before.workloads.keys() - wanted.workloads.keys():
             await self._remove_units(self._of(key))
         kept = {key: old for key, old in before.workloads.items() if key in wanted.workloads}

@@ -8,7 +8,6 @@ when it has answered what it was asked.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import shutil
 import sys
@@ -27,14 +26,26 @@ from meshdemo.runtime.local.files import write_atomic
 from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Reaper
 from meshdemo.runtime.local.paths import MeshPaths
 from meshdemo.runtime.local.ports import LOOPBACK, Port
-from meshdemo.runtime.local.probe import answers, ask, serves
+from meshdemo.runtime.local.probe import ask, listening, serves
 
 STOP_GRACE_S = 10.0  # a workload told to end may take so long to answer what it was asked
 _DRAIN_S = 10.0
 _SETTLE_S = 0.1  # sidecars confirm a change a little before their workers act on it
-_LISTENERS_PATIENCE = (
-    20  # looks before a sidecar that is live without its listeners is thought to lack a port
-)
+# Looks before a sidecar that is live without its listeners is thought to lack a port.
+LISTENERS_PATIENCE = 20
+
+
+class Sidecar(Protocol):
+    """What is to be known of a sidecar to start it."""
+
+    folder: Path
+
+    @property
+    def admin(self) -> Path:
+        """Its admin endpoint."""
+
+    def instance(self) -> Instance:
+        """What the control plane is told of it."""
 
 
 class Surroundings(Protocol):
@@ -52,8 +63,8 @@ class Surroundings(Protocol):
     def died(self, name: str, how: str) -> None:
         """A process has ended without having been told to."""
 
-    def sidecar_command(self, unit: Unit) -> list[str]:
-        """Write the files that the sidecar is started with; its command line. Raises OSError."""
+    def sidecar_command(self, of: Sidecar) -> list[str]:
+        """Write the files that a sidecar is started with; its command line. Raises OSError."""
 
     def service(self, name: str) -> Service:
         """What the app file says of a service."""
@@ -280,19 +291,14 @@ class Unit:
         return Plan(command=self._around.sidecar_command(self), env=self._around.environ, cwd="/")
 
     async def _sidecar_ready(self) -> bool:
-        """Whether it is configured and listens. `live` alone does not say that a listener got its port."""
-        if not await answers(self.admin, "/ready"):
-            return False
-        listed = await ask(self.admin, "/listeners?format=json")
-        try:
-            statuses = json.loads(listed.body).get("listener_statuses", [])
-            ports = {one["local_address"]["socket_address"]["port_value"] for one in statuses}
-        except (ValueError, KeyError, TypeError):
+        """Whether it is configured and listens."""
+        ports = await listening(self.admin)
+        if ports is None:
             return False
         missing = [p for p in (self.inbound, self.outbound, self.metrics) if p.number not in ports]
         if missing:
             self._blind += 1
-            if self._blind % _LISTENERS_PATIENCE == 0:
+            if self._blind % LISTENERS_PATIENCE == 0:
                 self._renew_lost(missing)
         return not missing
 
