@@ -256,10 +256,12 @@ def set_access(intent: Intent, mesh: MeshState, caller: str, service: str, allow
 
 
 def access(intent: Intent, mesh: MeshState) -> Iterator[Access]:
-    """Every pair of services that the app file, the gateway's routes or the intent speak of."""
+    """Every pair of services that the app file or the intent speaks of, and then those of the gateway."""
     declared = {f"{name}>{callee}" for name, service in mesh.app.services.items() for callee in service.calls}
     declared |= gateway.pairs(mesh)
-    for pair in sorted(declared | set(intent.access)):
+    for pair in sorted(
+        declared | set(intent.access), key=lambda pair: (pair.startswith(f"{GATEWAY}>"), pair)
+    ):
         caller, _, service = pair.partition(">")
         yield Access(caller, service, intent.access.get(pair, pair in declared), pair in intent.access)
 
