@@ -89,6 +89,19 @@ def test_a_run_that_is_ended_leaves_nothing(folder: Path, number: signal.Signals
     wait_for("no file to be left", lambda: not list(folder.iterdir()))
 
 
+def test_what_was_measured_before_an_interruption_is_not_lost(folder: Path) -> None:
+    page = folder / "bench.html"
+    page.write_text("an older report")
+    bench = start(folder, "fault", "load", "--quick", "--runs", "1", "--html", str(page), "-o", "json")
+    assert page.read_text() == "an older report"
+    wait_for("the first suite's page", lambda: "<svg" in page.read_text(), 180.0)
+    bench.send_signal(signal.SIGINT)
+    out, err = bench.communicate(timeout=DEADLINE_S)
+    assert bench.returncode == 130, err
+    assert [suite["suite"] for suite in json.loads(out)["suites"]] == ["fault"]
+    assert "<svg" in page.read_text()
+
+
 def test_a_wrong_name_says_what_there_is(folder: Path) -> None:
     bench = start(folder, "speed")
     _, err = bench.communicate(timeout=DEADLINE_S)

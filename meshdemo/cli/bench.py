@@ -51,27 +51,24 @@ def command(
     if runs is not None and not 1 <= runs <= _MOST_RUNS:
         raise BadInput(f"--runs {runs}: allowed is 1 to {_MOST_RUNS}")
     if html is not None:
-        _write(html, "")  # complains now, not after an hour
+        _check_writable(html)
     scale = Scale(quick=quick, runs=runs, large=large)
     if context.chatty and runs is None:
         context.stderr.print(f"about {max(1, round(runner.minutes(names, scale)))} minutes")
     report = None
-    with _context.stoppable(), _progress(context) as tell:
-        for report in runner.run(names, scale, tell):
-            if not context.as_json:
-                _print_newest(context, report)
-            if html is not None:
-                from meshdemo.bench import page
+    try:
+        with _context.stoppable(), _progress(context) as tell:
+            for report in runner.run(names, scale, tell):
+                if not context.as_json:
+                    _print_newest(context, report)
+                if html is not None:
+                    from meshdemo.bench import page
 
-                _write(html, page.render(report))
+                    _write(html, page.render(report))
+    finally:  # what was measured before a Ctrl-C is not lost
+        if report is not None:
+            _print_end(context, report)
     assert report is not None
-    if context.as_json:
-        context.emit(report.to_json())
-    else:
-        from meshdemo.bench import tables
-
-        for part in tables.foot(report):
-            context.console.print(part)
     if failed := [f"{suite.name}: {suite.error}" for suite in report.suites if suite.error]:
         raise Failed(f"not all could be measured: {'; '.join(failed)}")
 
@@ -86,6 +83,16 @@ def _print_newest(context: _context.Context, report: Report) -> None:
         context.console.print(part)
 
 
+def _print_end(context: _context.Context, report: Report) -> None:
+    from meshdemo.bench import tables
+
+    if context.as_json:
+        context.emit(report.to_json())
+        return
+    for part in tables.foot(report):
+        context.console.print(part)
+
+
 @contextmanager
 def _progress(context: _context.Context) -> Iterator[Callable[[str], None]]:
     """Where the suites say what they do: a line that changes, for a person at a terminal only."""
@@ -96,8 +103,23 @@ def _progress(context: _context.Context) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
+def _check_writable(path: Path) -> None:
+    """Complain now, not after an hour; what the file has stays."""
+    was_there = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    if not was_there:
+        path.unlink()
+
+
 def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> BadInput:
+    return BadInput(f"cannot write {path}: {error.strerror or error}")
