@@ -43,13 +43,13 @@ def meshdemo(
 
 ROW = {
     "service": "service-b", "rps": 50.0, "success_rate": 0.5, "effective_success_rate": 0.9, "p50_ms": 1.0,
-    "p95_ms": 2.0, "p99_ms": 3.0, "requests": 500, "failures": 250, "overdue": 0, "denied": 0, "refused": 0,
+    "p95_ms": 2.0, "p99_ms": 3.0, "requests": 500, "failures": 250, "overdue": 0, "denied": 0, "refused": 0, "mirrored": 0, "mirrored_failures": 0,
     "silent": False, "ejected": False, "window_s": 10.0,
 }  # fmt: skip
 TAPPED = {
     "time": 1e9, "caller": "service-a", "service": "service-b", "version": "v1", "instance": "service-b-v1-1",
     "route": "work", "method": "GET", "path": "/work?x=1", "status": 200, "grpc_status": None, "flags": "",
-    "latency_ms": 1.5, "secured": True,
+    "latency_ms": 1.5, "secured": True, "mirrored": False,
 }  # fmt: skip
 EFFECT = {"revision": 7, "effective_ms": 3.21, "sidecars": 3}
 ANSWERS: dict[str, Any] = {

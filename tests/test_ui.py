@@ -267,7 +267,8 @@ def signal(**changes: object) -> Any:
     return {
         "service": "service-b", "rps": 50.0, "success_rate": 0.9, "effective_success_rate": None,
         "p50_ms": 1.2, "p95_ms": 3.4, "p99_ms": 5.6, "requests": 500, "failures": 50, "overdue": 0,
-        "denied": 0, "refused": 0, "silent": False, "ejected": False, "window_s": 10.0, **changes,
+        "denied": 0, "refused": 0, "mirrored": 0, "mirrored_failures": 0, "silent": False, "ejected": False,
+        "window_s": 10.0, **changes,
     }  # fmt: skip
 
 

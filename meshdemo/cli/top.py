@@ -73,7 +73,8 @@ def _live(context: _context.Context, top: Top, batches: Iterator[list[TapEvent]]
 
 def _count(top: Top, batch: list[TapEvent]) -> None:
     for request in batch:
-        top.add(request)
+        if not request["mirrored"]:
+            top.add(request)
 
 
 def _batches(requests: Iterator[TapEvent], for_s: float | None) -> Iterator[list[TapEvent]]:

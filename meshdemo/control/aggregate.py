@@ -64,6 +64,8 @@ class _Sum:
     failures: int = 0
     denied: int = 0
     refused: int = 0
+    mirrored: int = 0
+    mirrored_failures: int = 0
     overdue: int = 0
     effective_requests: int = 0
     effective_failures: int = 0
@@ -79,6 +81,8 @@ class _Sum:
         self.failures += cell.failures
         self.denied += cell.denied
         self.refused += cell.refused
+        self.mirrored += cell.mirrored
+        self.mirrored_failures += cell.mirrored_failures
         _add(self.latency, cell.latency.counts)
         _add(self.failed_latency, cell.failed_latency.counts)
 
@@ -164,7 +168,7 @@ def edges(samples: Iterable[Sample], *, now: float, window_s: float) -> list[Edg
     secured: dict[tuple[str, str], tuple[int, str]] = {}
     for sample in within.samples:
         for cell in sample.cells:
-            if cell.inbound:
+            if cell.inbound and (cell.requests or cell.denied):
                 key = (cell.peer, sample.service)
                 sums.setdefault(key, _Sum()).add(cell, within.share_within(sample))
                 before, identity = secured.get(key, (0, ""))
@@ -205,6 +209,8 @@ def row(signal: Signal) -> SignalRow:
         "overdue": signal.overdue,
         "denied": signal.denied,
         "refused": signal.refused,
+        "mirrored": signal.mirrored,
+        "mirrored_failures": signal.mirrored_failures,
         "silent": signal.silent,
         "ejected": signal.ejected,
         "window_s": round(signal.end - signal.start, 3),
@@ -291,6 +297,8 @@ def _signal(key: Key, added: _Sum, within: Window, covered: Sequence[tuple[float
         overdue=added.overdue,
         denied=added.denied,
         refused=added.refused,
+        mirrored=added.mirrored,
+        mirrored_failures=added.mirrored_failures,
         silent=bool(added.scopes) and all(scope.silent for scope in added.scopes),
         ejected=bool(added.scopes) and all(scope.ejected for scope in added.scopes),
         effective_requests=added.effective_requests if instance is None else None,

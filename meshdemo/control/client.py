@@ -74,6 +74,8 @@ class SignalRow(TypedDict):
     overdue: int
     denied: int
     refused: int
+    mirrored: int  # copies of requests, which are in none of the other figures
+    mirrored_failures: int
     silent: bool
     ejected: bool
     window_s: float  # seconds that the row is about; less than asked for in a mesh that has just started
@@ -119,6 +121,7 @@ class TapEvent(TypedDict):
     flags: str
     latency_ms: float
     secured: bool
+    mirrored: bool  # only the copy of a request
     skipped: NotRequired[int]  # matching requests left out before this one: too many a second
 
 

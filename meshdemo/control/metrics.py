@@ -35,6 +35,7 @@ class Totals:
         self._requests: defaultdict[tuple[str, ...], int] = defaultdict(int)  # _Series and code
         self._failures: defaultdict[_Series, int] = defaultdict(int)
         self._denied: defaultdict[_Series, int] = defaultdict(int)
+        self._mirrored: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._latency: defaultdict[tuple[str, str], defaultdict[int, int]] = defaultdict(
             lambda: defaultdict(int)
         )
@@ -54,6 +55,10 @@ class Totals:
             for cell in sample.cells:
                 if not cell.inbound:
                     self._add_client(sample.service, cell)
+                    continue
+                if cell.mirrored:
+                    self._mirrored[sample.service, sample.version] += cell.mirrored
+                if not (cell.requests or cell.denied):
                     continue
                 series = (sample.service, sample.version, cell.route, cell.peer)
                 for code, n in cell.codes.items():
@@ -92,6 +97,7 @@ class Totals:
             client = {key: tuple(counts) for key, counts in self._client.items()}
             client_latency = {key: dict(counts) for key, counts in self._client_latency.items()}
             events, exports = dict(self._events), self._exports
+            mirrored = dict(self._mirrored)
 
         total = CounterMetricFamily(
             "meshdemo_requests",
@@ -109,6 +115,14 @@ class Totals:
             for series, n in counts.items():
                 family.add_metric(series, n)
             yield family
+        family = CounterMetricFamily(
+            "meshdemo_mirrored_requests",
+            "Copies of requests that a version answered to nobody.",
+            labels=("service", "version"),
+        )
+        for workload, n in mirrored.items():
+            family.add_metric(workload, n)
+        yield family
         for position, (name, words) in enumerate(
             (
                 ("requests", "Requests as callers see them: retries of one count once."),

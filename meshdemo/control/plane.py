@@ -29,7 +29,7 @@ from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Nack, Outcome
 from meshdemo.control.identity import Authenticator, Authority, Certificate, TokenHashes, bearer, spiffe_id
 from meshdemo.control.intent import Intents, IntentStore, expire_faults, forget_gone
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
-from meshdemo.control.render import Renderer
+from meshdemo.control.render import Renderer, real_share
 from meshdemo.errors import Failed
 from meshdemo.resources import TEMPLATES
 
@@ -170,6 +170,10 @@ class ControlPlane:
     def mesh(self) -> MeshState:
         """The mesh as the runtime last reported it. A value: safe to read from any thread."""
         return self._mesh
+
+    def real_share(self, instance: Instance) -> float:
+        """Of what callers send to an instance, the share (0..1) that is not the copy of a request."""
+        return real_share(self._mesh, self._intent, instance)
 
     @property
     def trust_path(self) -> Path:

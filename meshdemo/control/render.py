@@ -45,6 +45,7 @@ from meshdemo.control import captured, gateway, xds
 from meshdemo.control.identity import spiffe_id, trust_domain
 from meshdemo.control.intent import callers
 from meshdemo.control.model import Fault, Instance, Intent, MeshState, Traffic
+from meshdemo.control.signals import MIRRORED
 from meshdemo.resources import TEMPLATES
 
 # A message that a `typed_config` names must be known to protobuf; importing its module makes it known.
@@ -162,6 +163,20 @@ def effective_split(service: Service, traffic: Traffic, ready: Mapping[str, int]
     return {(initial or list(service.versions))[0]: 100}
 
 
+def real_share(mesh: MeshState, intent: Intent, instance: Instance) -> float:
+    """Of what callers send to an instance, the share (0..1) that is not the copy of a request."""
+    traffic = intent.traffic.get(instance.service)
+    if traffic is None or not traffic.mirror.get(instance.version):
+        return 1.0
+    ready: dict[str, int] = {}
+    for other in mesh.instances:
+        if other.service == instance.service and other.ready:
+            ready[other.version] = ready.get(other.version, 0) + 1
+    split = effective_split(mesh.app.services[instance.service], traffic, ready)
+    real = split.get(instance.version, 0) / sum(split.values())
+    return real / (real + traffic.mirror[instance.version])
+
+
 # -- rendering --------------------------------------------------------------------------------------------
 
 
@@ -218,7 +233,9 @@ class Renderer:
             for name, service in mesh.app.services.items()
         }
         found = {
-            instance.id: self._snapshot(shared, services[instance.service], instance)
+            instance.id: self._snapshot(
+                shared, services[instance.service], instance, _mirrors(traffic[instance.service])
+            )
             for instance in mesh.instances
         }
         if mesh.gateways:
@@ -226,8 +243,10 @@ class Renderer:
             found |= {one.id: self._gateway(mesh, one, shared, table, intent.traces) for one in mesh.gateways}
         return found
 
-    def _snapshot(self, shared: _Shared, of: _ServiceParts, instance: Instance) -> xds.Snapshot:
-        inbound = self._inbound(of, instance)
+    def _snapshot(
+        self, shared: _Shared, of: _ServiceParts, instance: Instance, mirrors: Collection[str]
+    ) -> xds.Snapshot:
+        inbound = self._inbound(of, instance, mirrored=instance.version in mirrors)
         where = (instance.host, instance.inbound_port, instance.outbound_port, instance.metrics_port)
         app = (instance.app_host, instance.app_port)
         return self._once(
@@ -519,13 +538,13 @@ class Renderer:
             inbound={},
         )
 
-    def _inbound(self, of: _ServiceParts, instance: Instance) -> xds.Bundle:
+    def _inbound(self, of: _ServiceParts, instance: Instance, *, mirrored: bool) -> xds.Bundle:
         faults = of.faults and tuple(
             fault
             for fault in of.faults
             if fault.version in (None, instance.version) and fault.instance in (None, instance.id)
         )
-        bundle = of.inbound.get(faults)
+        bundle = of.inbound.get((faults, mirrored))
         if bundle is None:
             routes = self._made(
                 "routes_inbound",
@@ -533,8 +552,9 @@ class Renderer:
                 protocol=of.service.protocol,
                 access=of.rules,
                 routes=inbound_routes(of.service, faults, of.identity),
+                mirrored=MIRRORED if mirrored else None,
             )
-            bundle = of.inbound[faults] = self._bundle(xds.ROUTES, [routes])
+            bundle = of.inbound[faults, mirrored] = self._bundle(xds.ROUTES, [routes])
         return bundle
 
     # -- making and remembering ---------------------------------------------------------------------------
@@ -626,7 +646,8 @@ class _Shared:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ServiceParts:
-    """What the instances of a service have in common; `inbound`: their routes, by the faults that apply."""
+    """What the instances of a service have in common; `inbound`: their routes, by the faults that apply, and
+    whether requests are mirrored to them."""
 
     service: Service
     rules: Mapping[str, Any]
@@ -634,7 +655,7 @@ class _ServiceParts:
     identity: Callable[[str], str]
     app: xds.Bundle
     listeners: tuple[_Made[Listener], _Made[Listener], _Made[Listener]]
-    inbound: dict[tuple[Fault, ...], xds.Bundle]
+    inbound: dict[tuple[tuple[Fault, ...], bool], xds.Bundle]
 
 
 # -- pieces -----------------------------------------------------------------------------------------------
@@ -713,8 +734,12 @@ def _limits(traffic: Traffic) -> Traffic:
 
 def _routing(traffic: Traffic) -> Traffic:
     """The part of the traffic rules that stands in routes, besides the split."""
-    mirror = {version: share for version, share in traffic.mirror.items() if share}
-    return Traffic(timeout_ms=traffic.timeout_ms, retries=traffic.retries, mirror=mirror)
+    return Traffic(timeout_ms=traffic.timeout_ms, retries=traffic.retries, mirror=_mirrors(traffic))
+
+
+def _mirrors(traffic: Traffic) -> dict[str, float]:
+    """The versions that get copies of requests, and of what share."""
+    return {version: share for version, share in traffic.mirror.items() if share}
 
 
 def _domains(service: str, namespace: str) -> list[str]:

@@ -150,7 +150,11 @@ async def serve(place: Place, backend: Backend | None = None) -> None:
     tap = Tap(plane.set_tap, plane.authenticate)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
-        (*plane.handlers(), telemetry.handler(store, plane.authenticate, totals.sample), tap.handler())
+        (
+            *plane.handlers(),
+            telemetry.handler(store, plane.authenticate, totals.sample, plane.real_share),
+            tap.handler(),
+        )
     )
     address = f"{place.grpc_host}:{place.grpc_port}"
     try:

@@ -24,6 +24,10 @@ BOUNDS_MS: tuple[float, ...] = (
 )  # fmt: skip
 
 
+MIRRORED = "~"
+"""What a route's name begins with, as sidecars report it, where the request was only a copy of another."""
+
+
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """Latency counts by bucket of `BOUNDS_MS`, sparse: bucket index -> count (the last index is +Inf)."""
@@ -103,6 +107,8 @@ class Cell:
     codes: Mapping[str, int] = field(default_factory=dict)  # response code -> count
     version: str = ""  # outbound: the version of `peer` that the (last) try went to
     ejected: int = 0  # outbound: instances of it that this caller's outlier detection keeps out just now
+    mirrored: int = 0  # inbound: copies of requests (`traffic set --mirror`); in none of the other figures
+    mirrored_failures: int = 0  # of them, those that failed; nobody got their answer
     latency: Histogram = field(default_factory=Histogram)  # of `requests`; a reset one may have none
     failed_latency: Histogram = field(default_factory=Histogram)  # the part of `latency` that failed
 
@@ -144,6 +150,8 @@ class Signal:
     refused: int = 0
     silent: bool = False  # an instance whose sidecar reported nothing lately: unknown, not healthy
     ejected: bool = False
+    mirrored: int = 0  # copies of requests that were answered besides, in none of the other figures
+    mirrored_failures: int = 0
     effective_requests: int | None = None
     effective_failures: int | None = None
 
@@ -189,9 +197,15 @@ def sample_to_json(sample: Sample) -> dict[str, Any]:
     }
 
 
+_COUNTS = (
+    "requests", "failures", "denied", "refused", "secured", "identity", "version", "ejected", "mirrored",
+    "mirrored_failures",
+)  # fmt: skip
+
+
 def _cell_to_json(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {"inbound": cell.inbound, "peer": cell.peer, "route": cell.route}
-    for name in ("requests", "failures", "denied", "refused", "secured", "identity", "version", "ejected"):
+    for name in _COUNTS:
         if value := getattr(cell, name):
             row[name] = value
     if cell.codes:

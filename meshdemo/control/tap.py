@@ -22,6 +22,7 @@ from envoy.data.accesslog.v3 import accesslog_pb2
 from envoy.service.accesslog.v3 import als_pb2
 
 from meshdemo.control.model import Instance
+from meshdemo.control.signals import MIRRORED
 from meshdemo.control.telemetry import Authenticate, service_of
 from meshdemo.errors import BadInput, Failed
 
@@ -221,7 +222,8 @@ def event_of(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance) -> Tap
         "service": instance.service,
         "version": instance.version,
         "instance": instance.id,
-        "route": common.route_name,
+        "route": common.route_name.removeprefix(MIRRORED),
+        "mirrored": common.route_name.startswith(MIRRORED),
         "method": base_pb2.RequestMethod.Name(request.request_method),
         "path": (request.original_path or request.path)[:_MAX_PATH],
         "status": response.response_code.value,

@@ -35,7 +35,7 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
 from meshdemo.control.model import Instance
-from meshdemo.control.signals import BOUNDS_MS, Cell, Histogram, Sample, bucket
+from meshdemo.control.signals import BOUNDS_MS, MIRRORED, Cell, Histogram, Sample, bucket
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ class _Kind:
     denied: bool
     failed: bool
     refused: bool
+    mirrored: bool
 
 
 @dataclass(slots=True)
@@ -109,12 +110,18 @@ class _Sum:
     refused: int = 0
     secured: int = 0
     ejected: int = 0
+    mirrored: int = 0
+    mirrored_failures: int = 0
     codes: dict[str, int] = field(default_factory=dict)
     latency: dict[int, int] = field(default_factory=dict)
     failed_latency: dict[int, int] = field(default_factory=dict)
 
     def count(self, kind: _Kind, n: int) -> None:
         """Take in n requests."""
+        if kind.mirrored:
+            self.mirrored += n
+            self.mirrored_failures += n * kind.failed
+            return
         if kind.identity:
             self.identity = kind.identity
             self.secured += n
@@ -128,7 +135,7 @@ class _Sum:
 
     def spread(self, kind: _Kind, point: metrics_pb2.HistogramDataPoint) -> None:
         """Take in how long requests took."""
-        if kind.denied:
+        if kind.denied or kind.mirrored:
             return
         indices = _indices(point)
         for position, n in enumerate(list(point.bucket_counts)):
@@ -156,6 +163,8 @@ class _Sum:
             failed_latency=Histogram(self.failed_latency) if self.failed_latency else _NOTHING,
             version=version,
             ejected=self.ejected,
+            mirrored=self.mirrored,
+            mirrored_failures=self.mirrored_failures,
         )
 
 
@@ -218,8 +227,9 @@ def _kind(inbound: bool, attributes: _Attributes) -> _Kind:
     peer, _, version = (service_of(identity), "", "") if inbound else tags.get("cluster", "").partition("/")
     flags = frozenset(tags.get("flags", "").split(","))
     code = tags.get("code") or "0"
+    route = tags.get("route", "")
     return _Kind(
-        key=(inbound, peer, version, tags.get("route", "")),
+        key=(inbound, peer, version, route.removeprefix(MIRRORED)),
         identity=identity,
         code=code,
         denied="UAEX" in flags or tags.get("access") == "denied",
@@ -230,6 +240,7 @@ def _kind(inbound: bool, attributes: _Attributes) -> _Kind:
             or tags.get("grpc", "") not in ("", "0")
         ),
         refused="UO" in flags,
+        mirrored=route.startswith(MIRRORED),
     )
 
 
@@ -315,8 +326,13 @@ class Store:
 
     # -- writing
 
-    def add(self, instance: Instance, export: Export) -> Sample | None:
-        """Take an export in; None if it repeats what is known."""
+    def add(self, instance: Instance, export: Export, *, real: float = 1.0) -> Sample | None:
+        """Take an export in; None if it repeats what is known.
+
+        Args:
+            real: the share of what reaches the instance that is no copy of a request. What is in flight is
+                only known in sum, so of the overdue ones so many count.
+        """
         now = self._clock()
         known = self._reporters.get(instance.id)
         if known is not None and known.stamp - _SET_CLOCK_S < export.stamp <= known.stamp:
@@ -332,6 +348,7 @@ class Store:
         overdue = max(0, export.in_flight - export.arrived)
         if known is not None:
             overdue = min(overdue, known.sample.in_flight)
+        overdue = int(overdue * real)
         sample = Sample(
             instance=instance.id,
             service=instance.service,
@@ -476,7 +493,7 @@ def _pack(sample: Sample) -> tuple[Any, ...]:
             (
                 cell.inbound, cell.peer, cell.route, cell.requests, cell.failures, cell.denied, cell.refused,
                 cell.secured, cell.identity, cell.codes, cell.version, cell.ejected,
-                cell.latency.counts, cell.failed_latency.counts,
+                cell.mirrored, cell.mirrored_failures, cell.latency.counts, cell.failed_latency.counts,
             )
             for cell in sample.cells
         ),
@@ -487,7 +504,7 @@ def _unpack(chunk: _Packed) -> Iterator[tuple[int, float, Sample]]:
     """(sequence number, received, sample) of a chunk."""
     rows = marshal.loads(zlib.decompress(chunk.content))  # noqa: S302 - written by this very process
     for number, (received, row) in enumerate(rows, chunk.first):
-        cells = tuple(Cell(*cell[:12], *map(Histogram, cell[12:])) for cell in row[9])
+        cells = tuple(Cell(*cell[:14], *map(Histogram, cell[14:])) for cell in row[9])
         yield number, received, Sample(*[*row[:9], cells])
 
 
@@ -497,13 +514,17 @@ Authenticate = Callable[[Collection[tuple[str, str | bytes]]], Awaitable[Instanc
 
 
 def handler(
-    store: Store, authenticate: Authenticate, on_sample: Callable[[Sample], None]
+    store: Store,
+    authenticate: Authenticate,
+    on_sample: Callable[[Sample], None],
+    real: Callable[[Instance], float] = lambda _: 1.0,
 ) -> grpc.GenericRpcHandler:
     """The OTLP metrics service on raw bytes: no message is built for an answer that is always the same.
 
     Args:
         authenticate: whose token a call carries; what it says of the instance counts, not the export.
         on_sample: told of each sample that was taken in.
+        real: the share of what reaches an instance that is no copy of a request.
     """
 
     async def export(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
@@ -517,7 +538,7 @@ def handler(
             log.warning("telemetry of %s is not understood: %s", instance.id, error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             return b""
-        sample = store.add(instance, decoded)
+        sample = store.add(instance, decoded, real=real(instance))
         if sample is not None:
             on_sample(sample)
         return _RESPONSE

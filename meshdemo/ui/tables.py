@@ -75,7 +75,11 @@ def _note(row: SignalRow) -> Text:
     if row["ejected"]:
         return Text("⏏ ejected", "magenta")
     parts = [f"{row[key]} {key}" for key in ("overdue", "refused", "denied") if row[key]]
-    return Text(f"! {', '.join(parts)}" if parts else "", "yellow")
+    note = Text(f"! {', '.join(parts)}" if parts else "", "yellow")
+    if row["mirrored"]:
+        failed = f" ({row['mirrored_failures']} failed)" if row["mirrored_failures"] else ""
+        note.append(f"{'  ' if parts else ''}+ {row['mirrored']} mirrored{failed}", "cyan")
+    return note
 
 
 def edges(rows: Sequence[EdgeRow]) -> Table:
