@@ -181,6 +181,30 @@ def test_a_hung_sidecar_is_named_and_delays_one_change_only() -> None:
         assert fault(mesh, err_rate=1.0).sidecars == 2
 
 
+def test_a_hung_sidecar_keeps_no_report_from_the_others() -> None:
+    with mesh_of(pair(), Settings(ack_timeout_s=120)) as mesh:
+        caller, hung = mesh.add("service-a"), mesh.add("service-a")
+        mesh.add("service-b")
+        mesh.add("service-b")
+        mesh.start()
+        assert hung.process
+        hung.process.send_signal(19)  # SIGSTOP
+        reports = [
+            threading.Thread(target=mesh.update, args=("service-b-1",), kwargs={"ready": ready})
+            for ready in (False, True)
+        ]
+        try:
+            for report, answering in zip(reports, (1, 2), strict=True):
+                report.start()
+                until(lambda n=answering: len(who(caller.client(), 10)) == n, f"{answering} to answer")  # type: ignore[misc]
+            assert all(report.is_alive() for report in reports)  # both still wait for the one that hangs
+        finally:
+            hung.process.send_signal(18)  # SIGCONT
+            for report in reports:
+                report.join(60)
+        assert not any(report.is_alive() for report in reports)
+
+
 # -- traffic ----------------------------------------------------------------------------------------------
 
 

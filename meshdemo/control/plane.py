@@ -244,7 +244,9 @@ class ControlPlane:
             for gone in set(self._composed) - there:
                 del self._composed[gone]
             self._discovery.retain(mesh.sidecars)
-            outcome = await self._push()
+        # Not under the lock: there is nothing to take back, and a sidecar that hangs must not keep the next
+        # report, or a change, from the others for as long as it is waited for.
+        outcome = await self._push()
         return self._effect(started, outcome)
 
     async def set_tap(self, on: bool) -> Effect:
