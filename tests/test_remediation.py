@@ -191,6 +191,32 @@ def test_a_service_that_suffers_from_one_that_it_calls_is_left_alone() -> None:
     assert "storage is to blame" in run.of("gave_up")[0].text
 
 
+# -- the start of a mesh --------------------------------------------------------------------------------------
+
+
+def test_who_is_missing_is_not_judged_until_the_mesh_is_up() -> None:
+    run = Run(SimMesh(1, background=0.001), Core(POLICY))
+    run.mesh.instances[B2].ready = False
+    run.run(2)
+    run.mesh.kill(B1, back_after_s=1)  # a start has its ups and downs
+    run.run(5)
+    assert not run.of("violated")
+    run.mesh.instances[B2].ready = True
+    run.run(2)
+    run.mesh.kill(B1, back_after_s=30)
+    run.run(5, lambda: bool(run.of("violated")))
+    assert run.of("violated")[0].objective == "instances"
+
+
+def test_one_that_never_comes_up_does_not_keep_the_others_from_being_judged_for_ever() -> None:
+    run = Run(SimMesh(1, background=0.001), Core(POLICY))
+    run.mesh.instances[B2].ready = False
+    run.run(70)
+    run.mesh.kill(B1, back_after_s=30)
+    run.run(5, lambda: bool(run.of("violated")))
+    assert run.of("violated")[0].objective == "instances"
+
+
 # -- time, and what mends itself ------------------------------------------------------------------------------
 
 

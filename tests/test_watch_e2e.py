@@ -252,6 +252,28 @@ def test_watch_needs_a_mesh(tmp_path: Path) -> None:
     assert "meshdemo up" in Cli(tmp_path).run("watch", "--for", "1s", status=3)
 
 
+def test_a_watch_ends_with_its_mesh(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "policy.yaml").write_text(POLICY)
+    cli = Cli(home)
+    try:
+        with cli.up("--rps", "20"), watching(cli, calm_first=False) as watch:
+            cli.run("down")
+            assert watch.process.wait(DEADLINE_S) == 3
+            assert watch.process.stderr is not None
+            assert "mesh 'mesh-demo' is gone" in watch.process.stderr.read()
+            assert not cli.paths.watch_lock.exists()
+        with cli.up("--rps", "20"), watching(cli, calm_first=False) as watch:
+            # The lock is not in the folder that `down` removes, so what holds it is seen whatever happens.
+            assert not cli.paths.watch_lock.is_relative_to(cli.paths.state)
+            assert "is at work on it" in cli.run("watch", "--for", "1s", status=1)
+            assert watch.stop() == 0
+    finally:
+        cli.run("down")
+    assert not list(home.glob("*lock*"))
+
+
 # -- canary -------------------------------------------------------------------------------------------------
 
 

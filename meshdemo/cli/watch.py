@@ -30,7 +30,12 @@ def command(
         str | None, typer.Option("--for", metavar="DURATION", help="End after so long, such as 60s.")
     ] = None,
     until_healed: Annotated[
-        bool, typer.Option("--until-healed", help="End when an incident is over and none is open.")
+        bool,
+        typer.Option(
+            "--until-healed",
+            help="End when an incident is over and none is open, or when all that are open are given up "
+            "(exit status 1). Waits for the first one; with --for at most so long (0 if there was none).",
+        ),
     ] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.")] = False,
     record: Annotated[

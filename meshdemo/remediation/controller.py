@@ -19,7 +19,7 @@ from pathlib import Path
 
 from meshdemo.control.client import ControlClient, SampleBatch
 from meshdemo.control.model import Fault, Intent
-from meshdemo.errors import MeshdemoError
+from meshdemo.errors import MeshdemoError, Missing
 from meshdemo.remediation.board import Board
 from meshdemo.remediation.core import Action, Core, Result
 from meshdemo.remediation.events import Event
@@ -32,6 +32,8 @@ from meshdemo.runtime.base import Runtime
 
 _POLL_S = 0.1  # how soon an instance that died is noticed; exports are noticed as they come
 _AWAY_S = 0.2  # between tries while the control plane is away
+_GONE_S = 0.5  # between looks whether it is the mesh that is gone
+_RECALLED = 5000  # of the journal's newest events, for what earlier watches did
 _INTENT_S = 1.0
 _VIEW_S = 1.0
 _SIGNALS_S = 2.0
@@ -58,6 +60,7 @@ class Outcome:
     """How it ended."""
 
     healed: int = 0
+    violated: int = 0
     open: list[str] = field(default_factory=list)  # services with an open incident
     ejected: list[str] = field(default_factory=list)  # instances that watch has taken out
 
@@ -154,11 +157,15 @@ class Watch:
         self._settings = settings
         self._clock = ControlPlaneClock()
         self._control = runtime.control()
+        self._identity = runtime.identity()
         self._run_id = f"w{secrets.token_hex(3)}"
         self._core = Core(settings.policy, self._run_id, dry_run=settings.dry_run)
         self._board = Board(runtime.name, runtime.kind, settings.policy_name, self._core, fault_words)
         self._remedies = Remedies(lambda: self._control, runtime, self._clock)
         self._results: queue.Queue[Result] = queue.Queue()
+        self._complaints: queue.SimpleQueue[str] = queue.SimpleQueue()  # of the threads of webhooks
+        self._recalled = False
+        self._gone = False
         self._running: set[Future[None]] = set()
         self._stop = threading.Event()
         self._connected = True
@@ -197,7 +204,7 @@ class Watch:
         try:
             recorder = Recorder(settings.record) if settings.record else None
             webhooks = [] if settings.dry_run else settings.policy.webhooks()
-            notifier = Notifier(self._runtime.name, webhooks, lambda text: self._say_own("error", text))
+            notifier = Notifier(self._runtime.name, webhooks, self._complaints.put)
             self._journal = journal
             self._tell_to = [journal.post] if journal else []
             self._tell_to.append(notifier.tell)
@@ -210,10 +217,11 @@ class Watch:
         finally:
             if recorder is not None:
                 recorder.__exit__(None, None, None)
-            if journal is not None:
-                journal.close(_LAST_WORDS_S)
             if notifier is not None:
                 notifier.close(_LAST_WORDS_S)
+                self._hear_complaints()
+            if journal is not None:
+                journal.close(_LAST_WORDS_S)
             self.events.put(None)
 
     def _loop(self, recorder: Recorder | None) -> None:
@@ -222,13 +230,27 @@ class Watch:
         self._say_started()
         while not self._stop.is_set() and (end is None or time.monotonic() < end):
             batch = self._poll()
-            if batch is None:
-                self._stop.wait(_AWAY_S)
-            else:
+            if batch is not None:
                 self._take(batch, recorder)
-            self._show(now=False)
-            if settings.until_healed and self.outcome.healed and not self._core.open:
+            elif self._gone:
+                self.error = Missing(
+                    f"mesh '{self._runtime.name}' is gone: it was taken down while watch ran",
+                    f"`meshdemo up --name {self._runtime.name}` brings up a new one, for a new watch",
+                )
                 break
+            else:
+                self._stop.wait(_AWAY_S)
+            self._hear_complaints()
+            self._show(now=False)
+            if settings.until_healed and self._is_settled():
+                break
+
+    def _is_settled(self) -> bool:
+        """Is every incident that there was over, or given up?"""
+        incidents = self._core.open.values()
+        if not incidents:
+            return bool(self.outcome.healed)
+        return all(incident.state == "gave_up" for incident in incidents)
 
     def _poll(self) -> SampleBatch | None:
         """One look; None if the control plane is away."""
@@ -251,11 +273,19 @@ class Watch:
         return batch
 
     def _reconnect(self) -> None:
+        with suppress(MeshdemoError, OSError):  # that it is gone has to be seen, not guessed
+            # A control plane that is being restarted comes back; a mesh that was removed does not, and one
+            # that is brought up under its name is another.
+            if self._is_due("identity", _GONE_S) and self._runtime.identity() != self._identity:
+                self._gone = True
+                return
         with suppress(MeshdemoError, OSError):  # then the one that we have may do
             self._control = self._runtime.control()
 
     def _take(self, batch: SampleBatch, recorder: Recorder | None) -> None:
         core = self._core
+        if not self._recalled:
+            self._recalled = self._recall()
         core.observe(batch.now, batch.samples, batch.instances)
         self._board.add(batch.samples)
         intent = self._fresh_intent() if core.alarmed or self._is_due("intent", _INTENT_S) else None
@@ -276,6 +306,16 @@ class Watch:
             self._say_signals()
             if self._journal is not None:
                 self._journal.stand(self._board.view(self._clock(), connected=self._connected))
+
+    def _recall(self) -> bool:
+        """Have the core learn what earlier watches did."""
+        try:
+            newest = self._control.events(-1).seq
+            journal = self._control.events(max(0, newest - _RECALLED)).events
+        except (MeshdemoError, OSError):
+            return False
+        self._core.recall(journal)
+        return True
 
     def _act(self, action: Action) -> None:
         self._results.put(self._remedies.carry_out(action))
@@ -303,10 +343,14 @@ class Watch:
         for event in self._core.finish(self._clock(), results):
             self._say(event)
         self.outcome.open = sorted(self._core.open)
-        intent = self._fresh_intent() or self._intent
+        intent = None if self._gone else self._fresh_intent() or self._intent
         if intent is not None:
             self.outcome.ejected = [one.instance for one in intent.ejections if one.by == "watch"]
         text = "watch has ended"
+        if self._gone:
+            text += f": mesh '{self._runtime.name}' was taken down"
+        elif not self.outcome.violated:
+            text += "; no objective was violated"
         if self.outcome.ejected:
             text += f"; still ejected, until the next watch lets them in: {', '.join(self.outcome.ejected)}"
         self._say_own("stopped", text)
@@ -317,12 +361,18 @@ class Watch:
     def _say(self, event: Event) -> None:
         if event.event == "healed":
             self.outcome.healed += 1
+        elif event.event == "violated":
+            self.outcome.violated += 1
         self._board.log([event])
         self.events.put(event)
         if event.event != "signals":
             for tell in self._tell_to:
                 tell(event)
             self._show(now=True)
+
+    def _hear_complaints(self) -> None:
+        while not self._complaints.empty():
+            self._say_own("error", self._complaints.get())
 
     def _say_own(self, name: str, text: str, **fields: object) -> None:
         self._own_events += 1

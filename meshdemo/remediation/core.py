@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,23 @@ class Core:
         there = {ejection.instance for ejection in intent.ejections}
         for name in [name for name in self._probation if name not in there]:
             del self._probation[name]
+
+    def recall(self, journal: Iterable[Mapping[str, Any]]) -> None:
+        """Learn from the journal what earlier watches did: the guardrails hold for all of them together."""
+        found: dict[tuple[Any, ...], tuple[float, str, str, str]] = {}
+        for row in journal:
+            # What was chosen was begun, also if its watch did not live to say what came of it.
+            if row.get("event") not in ("chosen", "acted") or row.get("dry_run") or not row.get("remedy"):
+                continue
+            service, kind = str(row.get("service")), str(row["remedy"])
+            target = str((row.get("evidence") or {}).get("target") or row.get("target"))
+            # In one incident nothing is done to the same target twice.
+            found.setdefault(
+                (row.get("incident") or row.get("id"), kind, target),
+                (float(row["time"]), service, kind, target),
+            )
+        for at, service, kind, target in sorted(found.values()):
+            self.guard.recall(service, kind, target, at)
 
     def done(self, result: Result) -> None:
         """An action was carried out, or failed. What follows from it comes out of the next step."""

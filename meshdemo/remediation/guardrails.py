@@ -36,6 +36,12 @@ class Guard:
             self._acted.append(now)
             self._last[plan.service, plan.kind, plan.target] = now
 
+    def recall(self, service: str, kind: str, target: str, at: float) -> None:
+        """An action that an earlier watch started at `at`. Called in the order of time, before `record`."""
+        if kind not in _HARMLESS:
+            self._acted.append(at)
+            self._last[service, kind, target] = at
+
     def used(self, now: float) -> int:
         """Actions within the period of `max_actions`."""
         while self._acted and self._acted[0] <= now - self._limits.max_actions.per:

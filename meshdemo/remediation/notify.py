@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from meshdemo.remediation.events import Event
 from meshdemo.remediation.policy import Webhook
@@ -18,7 +20,7 @@ class Notifier:
     """Tells webhooks what they asked to hear.
 
     Args:
-        complain: told when one could not be reached; the event is then dropped.
+        complain: told when one could not be reached; the event is then dropped. Called from several threads.
     """
 
     def __init__(self, mesh: str, webhooks: Sequence[Webhook], complain: Callable[[str], None]) -> None:
@@ -43,11 +45,13 @@ class Notifier:
                     self._complain(f"webhook '{webhook.name}' is too slow; an event was dropped")
 
     def close(self, timeout_s: float) -> None:
-        """Let what is queued go out, for at most so long."""
+        """Let what is queued go out, for at most so long in all."""
+        end = time.monotonic() + timeout_s
         for _, waiting in self._queues:
-            waiting.put(None)
+            with suppress(queue.Full):  # the webhook is too slow; its thread dies with the process
+                waiting.put(None, timeout=max(0.0, end - time.monotonic()))
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self, webhook: Webhook, waiting: queue.Queue[Event | None]) -> None:
         import requests

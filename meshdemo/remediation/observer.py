@@ -21,6 +21,7 @@ _RECENT_S = 30.0  # exports kept to localise with
 _HISTORY_S = 2.0  # an export that was older when watch started is history: it is counted, not judged
 _STILL_ALPHA = 1e-6  # a remedy is on trial, for seconds: fewer looks than a day has
 _WAS_DOWN_S = 3.0
+_STARTING_S = 60.0  # an instance that is not ready for so long is no part of a start any more
 _GLIMPSE_S = 0.05  # a readiness that was lost for less is not worth an incident
 
 
@@ -41,6 +42,8 @@ class Observer:
         self._instance_objectives: dict[str, Objective | None] = {}
         self._any_effective = any(objective.effective for objective in policy.objectives)
         self._live_from = -math.inf
+        self._first_seen: float | None = None
+        self._is_up = False
         self._last_end: dict[str, float] = {}
         self._recent: dict[str, deque[Sample]] = {}
         self._rows: Sequence[Mapping[str, Any]] = ()
@@ -83,7 +86,7 @@ class Observer:
 
     def short_of(self, service: str) -> bool:
         """Are more of its instances down than the objective about them allows?"""
-        if not self._down_since:
+        if not self._down_since or not self._is_up:
             return False
         objective = self.in_service_objective(service)
         if objective is None or objective.in_service is None:
@@ -108,7 +111,7 @@ class Observer:
         if self._live_from == -math.inf:
             self._live_from = now - _HISTORY_S
         self.now = max(self.now, now)
-        if rows != self._rows or self._down_since:
+        if rows != self._rows or self._down_since or not self._is_up:
             self._rows = list(rows)
             self._see(rows)
         for sample in samples:
@@ -121,6 +124,7 @@ class Observer:
             if name not in seen or (seen[name].silent and not one.silent):
                 for judge in self._judges.get(one.service, ()):
                     judge.forget(name)
+        self._learn_up()
         newest: dict[tuple[str, str], int] = {}
         for one in seen.values():
             if one.ready:
@@ -147,6 +151,15 @@ class Observer:
                 self._was_down[name] = self.now
         self._down_since = down
         self._ever_ready &= seen.keys()
+
+    def _learn_up(self) -> None:
+        """Is the mesh up, or still being started? Who is missed in a start is not missing yet."""
+        seen = self.situation.instances
+        if self._is_up or not seen:
+            return
+        if self._first_seen is None:
+            self._first_seen = self.now
+        self._is_up = all(one.ready for one in seen.values()) or self.now > self._first_seen + _STARTING_S
 
     def _take(self, sample: Sample) -> None:
         """Count one export, once."""

@@ -76,7 +76,8 @@ class Teller:
 
     def chosen(self, incident: Incident, plan: Plan, passed_over: Sequence[Mapping[str, str]]) -> None:
         """A remedy was chosen."""
-        figures: dict[str, Any] = {"plan": plan.words, "why": incident.place.reason if incident.place else ""}
+        why = incident.place.reason if incident.place else ""
+        figures: dict[str, Any] = {"plan": plan.words, "target": plan.target, "why": why}
         if passed_over:
             figures["passed_over"] = list(passed_over)
         text = f"would {plan.words}" if self.dry_run else plan.words
@@ -84,7 +85,10 @@ class Teller:
 
     def acted(self, incident: Incident, plan: Plan, effective_at: float, detail: str) -> None:
         """A remedy is in force."""
-        figures = {"plan": plan.words, "effective_at": round(effective_at, 3), "detail": detail}
+        effective_at = round(effective_at, 3)
+        figures = {
+            "plan": plan.words, "target": plan.target, "effective_at": effective_at, "detail": detail,
+        }  # fmt: skip
         text = f"{plan.words}: done{f' ({detail})' if detail else ''}"
         self._of(incident, "acted", text, remedy=plan.kind, evidence=figures)
 

@@ -124,6 +124,13 @@ class Runtime(Protocol):
         """(source, line) of instances, sidecars and the control plane."""
         ...
 
+    def identity(self) -> str | None:
+        """What tells this mesh from one brought up under its name later; None: there is none any more.
+
+        Raises MeshdemoError where that cannot be found out just now.
+        """
+        ...
+
     def watch_lock(self) -> AbstractContextManager[None]:
         """Held while a watch runs; raises Failed naming the holder if another one holds it."""
         ...

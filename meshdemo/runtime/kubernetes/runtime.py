@@ -486,6 +486,15 @@ class KubernetesRuntime:
 
         return held(self.cluster, WATCH_LEASE, self.namespace, f"a `meshdemo watch` of mesh '{self.name}'")
 
+    def identity(self) -> str | None:
+        """What tells this mesh from one brought up under its name later; None: there is none any more."""
+        found = record.load(self.name)
+        if found is None:
+            return None
+        # Anew each time: another cluster may have taken the place of the one that was spoken to.
+        secret = found.connect(patience_s=0).get("Secret", k8s.API, found.namespace)
+        return None if secret is None else str(secret["metadata"]["uid"])
+
 
 def autoscalers(cluster: Cluster, namespace: str) -> dict[str, str]:
     """Which Deployments have an autoscaler: Deployment -> HorizontalPodAutoscaler."""

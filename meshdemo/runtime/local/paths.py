@@ -64,8 +64,8 @@ class MeshPaths:
 
     @property
     def watch_lock(self) -> Path:
-        """Held by a watch."""
-        return self.state / "watch.lock"
+        """Held by a watch. Beside the folder too: a watch may outlive the mesh for a moment."""
+        return self.state.with_name(f"{self.state.name}.watch{LOCK_SUFFIX}")
 
     @property
     def spec(self) -> Path:
@@ -180,5 +180,5 @@ def names() -> Iterator[str]:
             if is_marked(entry):
                 found.add(entry.name)
             elif entry.name.endswith(LOCK_SUFFIX):
-                found.add(entry.name.removesuffix(LOCK_SUFFIX))
+                found.add(entry.name.partition(".")[0])  # a mesh's name has no dot
     yield from sorted(found)

@@ -6,6 +6,7 @@ exclude each other by a lock, and whatever an interrupted one has left is found 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ _LOOK_S = 0.25
 _REJECTED_S = 5.0  # a sidecar that rejects its configuration for so long will not change its mind
 _LOCK_PATIENCE_S = 15.0
 _SHUTDOWN_S = 15.0
+_WATCH_ENDS_S = 5.0
 
 
 class LocalRuntime:
@@ -169,14 +171,20 @@ class LocalRuntime:
         """Remove all that `up` made; what was removed, in words. Nothing running is fine."""
         from meshdemo.runtime.local.leftovers import find
 
-        left = self.paths.ours or self.paths.lock.exists() or self.paths.sockets.exists()
+        traces = (self.paths.lock, self.paths.sockets, self.paths.watch_lock)
+        left = self.paths.ours or any(path.exists() for path in traces)
         if not left and not find(self.paths.state):
             return []
         self._lock = Lock.take(
             self.paths.lock, f"another `meshdemo down` of mesh '{self.name}'", wait_s=_LOCK_PATIENCE_S
         )
         try:
-            return self.remove()
+            removed = self.remove()
+            # A watch sees that its mesh is gone and ends; one that was killed has left its lock.
+            with suppress(Failed):
+                waiting = f"another `meshdemo down` of mesh '{self.name}'"
+                Lock.take(self.paths.watch_lock, waiting, wait_s=_WATCH_ENDS_S).release(remove=True)
+            return removed
         finally:
             self.release_lock()
             with suppress(OSError):
@@ -349,6 +357,16 @@ class LocalRuntime:
         """Held while a watch runs; raises Failed naming the holder if another one holds it."""
         self._describe()
         return locked(self.paths.watch_lock, f"a `meshdemo watch` of mesh '{self.name}'")
+
+    def identity(self) -> str | None:
+        """What tells this mesh from one brought up under its name later; None: there is none any more."""
+        try:
+            token = (self.paths.control / "api-token").read_bytes()  # made with the mesh, kept until `down`
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise Failed(f"cannot read {self.paths.control}: {error.strerror}") from error
+        return hashlib.sha256(token).hexdigest()[:16]
 
 
 class _Up:
