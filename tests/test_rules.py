@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,8 +15,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshdemo.control.metrics import bounds_s
+from meshdemo.control import metrics
+from meshdemo.control.metrics import Totals
+from meshdemo.control.signals import BOUNDS_MS, Cell, Histogram, Sample
 from meshdemo.remediation import rules
+from meshdemo.remediation.judge import bad_of
 from meshdemo.remediation.policy import Policy, load
 from meshdemo.resources import DEFAULT_POLICY
 
@@ -84,13 +88,22 @@ def test_thirty_days_have_the_windows_of_the_workbook() -> None:
     ]
 
 
-@given(st.floats(0.0006, 55))
-def test_a_threshold_is_near_its_bound(threshold_s: float) -> None:
-    bound = rules._nearest_bound(threshold_s)
-    assert bound in bounds_s()
-    assert 0.57 < float(bound) / threshold_s < 1.75
-    if 0.001 <= threshold_s <= 12:
-        assert 0.85 < float(bound) / threshold_s < 1.18
+@pytest.mark.parametrize("threshold_ms", [0.5, 1, 250, 300, 305, 440, 750, 1000, 20_000, 60_000])
+def test_prometheus_counts_what_watch_counts(threshold_ms: float) -> None:
+    """Whatever the threshold: the rule's bucket holds exactly what watch does not call too slow."""
+    objective = policy(latency={"below": f"{threshold_ms}ms", "share": "95%"}).objectives[0]
+    [le] = re.findall(r'le="([^"]+)"', rules._bad_share(objective, "1m"))
+    one_each = Histogram(dict.fromkeys(range(len(BOUNDS_MS) + 1), 1))
+    cell = Cell(True, "a", "work", requests=one_each.total, latency=one_each)
+    totals = Totals()
+    totals.sample(Sample("b-1", "b", "v1", 1, 0, 1, cells=(cell,)))
+    page = metrics.page(totals, [], revision=1, faults=0, trouble=False).decode()
+    [fast] = re.findall(
+        rf'^meshdemo_request_duration_seconds_bucket{{le="{re.escape(le)}".*}} (\S+)$', page, re.MULTILINE
+    )
+    slow = bad_of(objective)(cell)
+    assert float(fast) == one_each.total - slow
+    assert slow == one_each.above(threshold_ms)
 
 
 # -- do they fire -----------------------------------------------------------------------------------------
@@ -202,7 +215,7 @@ def test_slow_requests_burn_the_budget_of_latency(promtool: str, tmp_path: Path)
     labels = 'service="b", version="v1"'
     data = [
         series("meshdemo_request_duration_seconds_count", labels, "0+50x200"),
-        series("meshdemo_request_duration_seconds_bucket", f'{labels}, le="0.28"', "0+10x200"),
+        series("meshdemo_request_duration_seconds_bucket", f'{labels}, le="0.3"', "0+10x200"),
         series("meshdemo_request_duration_seconds_bucket", f'{labels}, le="+Inf"', "0+50x200"),
     ]
     fires(

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from meshdemo.control.signals import (
     Sample,
     Signal,
     bucket,
+    effective_bound_ms,
     merge,
     middle_ms,
     sample_from_json,
@@ -84,6 +86,23 @@ def test_buckets_are_fine_enough_from_1_ms_to_10_s() -> None:
         if 1 <= low < 10_000:
             assert middle_ms(bucket(low)) <= low * 1.1
             assert middle_ms(bucket(low)) >= high / 1.1
+
+
+@pytest.mark.parametrize(
+    "threshold_ms",
+    [1, 2, 5, 10, 20, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 750, 800, 1000, 2000, 5000, 10_000],
+)
+def test_thresholds_that_people_write_are_exact(threshold_ms: float) -> None:
+    assert effective_bound_ms(threshold_ms) == threshold_ms
+    assert Histogram.of([threshold_ms * 0.99] * 100).above(threshold_ms) == 0
+    assert Histogram.of([threshold_ms * 1.01] * 100).above(threshold_ms) == 100
+
+
+def test_bounds_are_few_and_edges_of_envoys_own_bins() -> None:
+    assert len(BOUNDS_MS) <= 91  # every one is in every export of every sidecar
+    for bound in BOUNDS_MS:
+        mantissa = float(f"{bound:e}".split("e")[0])
+        assert round(mantissa, 1) == mantissa
 
 
 def test_quantiles_of_nothing_and_beyond_the_last_bound() -> None:

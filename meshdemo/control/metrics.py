@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from meshdemo.control.client import InstanceRow
 
-# Every second bound from 0.5 ms on: steps of at most 33 %, in half the lines.
-_LE = tuple(index for index, bound in enumerate(BOUNDS_MS) if bound >= 0.5 and index % 2 == 0)
-
 _Series = tuple[str, str, str, str]  # service, version, route, caller
 _LABELS = ("service", "version", "route", "caller")
 
@@ -174,25 +171,24 @@ class Totals:
         )
 
 
-def bounds_s() -> tuple[str, ...]:
-    """The upper bounds of the histogram's buckets in seconds, as they stand in the label `le`."""
-    return tuple(_le(index) for index in _LE)
-
-
-def _le(index: int) -> str:
-    return str(BOUNDS_MS[index] / 1000)
+def le_of(bound_ms: float) -> str:
+    """How a bound of `BOUNDS_MS` stands in the label `le`."""
+    return str(round(bound_ms / 1000, 6))
 
 
 def _buckets(by_index: Mapping[int, int]) -> list[tuple[str, float]]:
-    """Cumulative buckets in seconds. A bucket holds what is below its bound, as Envoy counts it."""
+    """Cumulative buckets in seconds: all, so that a rule about latency counts what watch does.
+
+    A bucket holds what is below its bound, as Envoy counts it.
+    """
     rows: list[tuple[str, float]] = []
     seen, position = 0, 0
     indices = sorted(by_index)
-    for le in _LE:
+    for le, bound in enumerate(BOUNDS_MS):
         while position < len(indices) and indices[position] <= le:
             seen += by_index[indices[position]]
             position += 1
-        rows.append((_le(le), seen))
+        rows.append((le_of(bound), seen))
     return [*rows, ("+Inf", sum(by_index.values()))]
 
 

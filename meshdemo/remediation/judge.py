@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from meshdemo.control.signals import BOUNDS_MS, Cell, Sample, middle_ms
+from meshdemo.control.signals import Cell, Sample, slow_from
 from meshdemo.remediation import stats
 from meshdemo.remediation.policy import Objective
 
@@ -41,8 +41,7 @@ def bad_of(objective: Objective) -> Callable[[Cell], int]:
     threshold = objective.threshold_ms
     if threshold is None:
         return lambda cell: cell.failures
-    # Buckets are reported at their middles, which rise with the index: slower means from some index on.
-    first = next((i for i in range(len(BOUNDS_MS) + 1) if middle_ms(i) > threshold), len(BOUNDS_MS))
+    first = slow_from(threshold)
 
     def slow(cell: Cell) -> int:
         return sum([n for index, n in cell.latency.counts.items() if index >= first])

@@ -8,7 +8,7 @@ The workbook's windows are for a period of 30 days; for another one they are sca
 than a few scrapes. A burn rate that the objective does not leave room for is left out: where 25 % may be bad,
 nothing can burn more than four times too fast.
 
-Objectives about latency count what is above the exported bucket bound that lies nearest to their threshold.
+Objectives about latency count what is above the very bucket bound that watch judges them by.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from functools import partial
 
 import jinja2
 
-from meshdemo.control.metrics import bounds_s
+from meshdemo.control.metrics import le_of
+from meshdemo.control.signals import effective_bound_ms
 from meshdemo.remediation.policy import Objective, Policy
 from meshdemo.resources import TEMPLATES
 
@@ -121,7 +122,7 @@ def _bad_share(objective: Objective, window: str) -> str:
 
     if objective.latency is not None:
         prefix = "meshdemo_client_request" if objective.effective else "meshdemo_request"
-        fast = total(f"{prefix}_duration_seconds_bucket", f'le="{_nearest_bound(objective.latency.below)}"')
+        fast = total(f"{prefix}_duration_seconds_bucket", f'le="{_bound(objective.latency.below)}"')
         return f"(1 - {fast} / ({total(f'{prefix}_duration_seconds_count')} > 0))"
     prefix = "meshdemo_client_" if objective.effective else "meshdemo_"
     failures = total(f"{prefix}request_failures_total")
@@ -167,9 +168,9 @@ def _one_regex(pattern: str) -> str:
     )
 
 
-def _nearest_bound(threshold_s: float) -> str:
-    """The exported bucket bound nearest to a threshold, as it stands in the label `le`."""
-    return min(bounds_s(), key=lambda le: abs(math.log(float(le) / threshold_s)))
+def _bound(threshold_s: float) -> str:
+    """The bucket bound that watch judges a threshold by, as it stands in the label `le`."""
+    return le_of(effective_bound_ms(threshold_s * 1000))
 
 
 def _duration(seconds: float) -> str:
