@@ -46,11 +46,13 @@ def test_the_default_policy_is_sound_and_uses_every_section() -> None:
     assert policy.objectives and policy.rules
     assert {rule.name for rule in policy.rules} >= {"bad-instance", "bad-version", "bad-service"}
     assert policy.objectives_of("service-b")[0].allowed == pytest.approx(0.01)
-    assert [one.name for one in policy.objectives_of("voting")] == [
-        "success-emojivoto",
-        "latency",
-        "instances",
-    ]
+    for app, names in (
+        ("emojivoto", ["success-emojivoto", "latency", "instances"]),
+        ("mine", ["success", "latency", "instances"]),  # whose web and voting are its own affair
+    ):
+        for service in ("web", "voting"):
+            assert [one.name for one in policy.of_app(app).objectives_of(service)] == names
+        assert policy.of_app(app).objectives_of("emoji")[0].name == "success"
 
 
 def test_the_default_policy_names_every_remedy_in_its_comments() -> None:
@@ -106,6 +108,27 @@ def test_secrets_come_from_the_environment() -> None:
         policy.webhooks({"HOOK": "h"})
 
 
+def test_a_secret_that_makes_a_bad_url_is_told_without_it() -> None:
+    policy = sound(SOUND + "notify: [{name: chat, url: 'https://${HOST}/x'}]\n")
+    with pytest.raises(BadInput, match="'chat', with its variables filled in, makes no sense") as caught:
+        policy.webhooks({"HOST": "secret:99999"})
+    assert "secret" not in caught.value.message
+
+
+def test_what_is_sound_and_worth_knowing() -> None:
+    text = SOUND.replace("success: 99%", "latency: {below: 310ms, share: 95%}") + (
+        "notify:\n  - name: chat\n    url: https://chat.example/${HOOK}\n    headers: {X: 'Bearer ${TOKEN}'}\n"
+    )
+    checked = check(text, {"HOOK": "h"})
+    assert checked.policy is not None
+    assert [str(one) for one in checked.unset] == ["13:18: the environment variable TOKEN is not set"]
+    assert [str(one) for one in checked.remarks] == [
+        "3:22: 310ms is judged as 300ms, the nearest that is counted"
+    ]
+    assert not check(SOUND, {}).unset and not check(SOUND, {}).remarks
+    assert not check(DEFAULT_POLICY.read_text(), {}).remarks
+
+
 # -- what is not ------------------------------------------------------------------------------------------
 
 
@@ -143,7 +166,12 @@ def test_secrets_come_from_the_environment() -> None:
         (SOUND + "  cooldown: 1s\n", "10:3: 'cooldown' stands here twice, first on line 9"),
         (SOUND + "notify: [{name: x, url: ftp://x}]\n", "10:10: url 'ftp://x' is not http:// or https://"),
         (SOUND.replace("success: 99%", "window: 20s"), "2:5: an objective has exactly one of"),
-        (SOUND + "x: &a 1\ny: *a\n", "10:4: aliases"),  # told where the anchor stands
+        (SOUND + "x: &a 1\ny: *a\n", "11:4: aliases"),
+        (SOUND + "x: &a {b: 1}\ny:\n  <<: *a\n", "12:7: aliases"),
+        (SOUND + "notify: [{name: x, url: 'http://'}]\n", "10:10: url 'http://' names no host"),
+        (SOUND + "notify: [{name: x, url: 'http://x:99999/'}]\n", "10:10: url 'http://x:99999/' makes no sense: Port"),
+        (SOUND + "notify: [{name: x, url: 'http://[x/'}]\n", "10:10: url 'http://[x/' makes no sense"),
+        (SOUND + "notify: [{name: x, url: 'http://${HOST}:0/'}]\n", "10:10: url 'http://${HOST}:0/' has a port"),
     ],
 )  # fmt: skip
 def test_a_problem_is_told_with_its_place(text: str, expected: str) -> None:
@@ -194,13 +222,14 @@ def test_a_policy_with_an_error_never_loads(tmp_path: Path) -> None:
     assert f"{path}:3:14: 99 is no share" in caught.value.message
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", None])
-def test_what_cannot_be_read_is_bad_input(tmp_path: Path, content: bytes | None) -> None:
+def test_what_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(BadInput):
-        policies.read(path)
+    with pytest.raises(BadInput, match="cannot read"):
+        policies.check_file(path)
+    path.write_bytes(b"objectives:\n  - name: caf\xc3\xa9 \xff")
+    with pytest.raises(PolicyError) as caught:
+        load(path)
+    assert f"{path}:2:16: not UTF-8 text: byte 0xff" in caught.value.message
 
 
 # -- properties -------------------------------------------------------------------------------------------
@@ -275,6 +304,22 @@ def test_policy_check_says_sound_or_everything(tmp_path: Path, capsys: pytest.Ca
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is False
     assert [(one["line"], one["column"]) for one in answer["problems"]] == [(3, 14), (7, 16)]
+
+
+def test_an_unset_variable_is_a_warning_for_check_and_a_line_for_watch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(SOUND + "notify: [{name: chat, url: 'https://${NOT_SET_HERE}/'}]\n")
+    assert _run("policy", "check", str(path)) == 0
+    said = capsys.readouterr()
+    assert "is sound" in said.out and "10:28: the environment variable NOT_SET_HERE is not set" in said.err
+    assert _run("policy", "check", str(path), "-o", "json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is True
+    assert [(one["line"], one["column"]) for one in answer["warnings"]] == [(10, 28)]
+    assert _run("watch", "--policy", str(path)) == 2
+    assert f"{path}:10:28: the environment variable NOT_SET_HERE" in capsys.readouterr().err
 
 
 def test_watch_does_not_start_with_a_broken_policy(

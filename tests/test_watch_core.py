@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from simmesh import Run, SimMesh
 
+from meshdemo.apps.model import App
 from meshdemo.cli.main import run as run_command
 from meshdemo.control.model import Effect, Fault, Instance, Intent, Traffic, WorkloadRevision
 from meshdemo.control.signals import Sample
@@ -28,6 +29,7 @@ from meshdemo.remediation.judge import Measure, ObjectiveJudge
 from meshdemo.remediation.localise import Location
 from meshdemo.remediation.notify import Notifier, wants
 from meshdemo.remediation.policy import (
+    ClearFault,
     Eject,
     Guardrails,
     Policy,
@@ -201,8 +203,21 @@ class FakeRuntime:
     """Records what a runtime is asked."""
 
     def __init__(self, control: FakeControl) -> None:
-        self.control = control
+        self._control = control
         self.fails = False
+
+    def control(self) -> FakeControl:
+        return self._control
+
+    def app(self) -> App:
+        service = {"port": 5000, "versions": {"v1": {"program": "service_b"}}}
+        return App.model_validate({"name": "x", "front": "b", "services": {"b": service}})
+
+    def unhang(self, instance: str) -> None:
+        self._control.calls.append(("unhang", instance))
+
+    def set_env(self, service: str, version: str, env: Any, **_: Any) -> None:
+        self._control.calls.append(("set_env", (version, env)))
 
     def instances(self) -> list[Instance]:
         return [
@@ -216,15 +231,18 @@ class FakeRuntime:
     def restart(self, instance: str, *, reason: str) -> None:
         if self.fails:
             raise Failed("it does not start")
-        self.control.calls.append(("restart", instance))
+        self._control.calls.append(("restart", instance))
 
     def revisions(self, service: str, version: str) -> list[WorkloadRevision]:
         return [
-            WorkloadRevision(service=service, version=version, revision=n, created_at=n) for n in (1, 2, 3)
+            WorkloadRevision(
+                service=service, version=version, revision=n, created_at=n, env={"LAT_MS": "200"}
+            )
+            for n in (1, 2, 3)
         ]
 
     def rollback(self, service: str, version: str, revision: int, *, reason: str) -> WorkloadRevision:
-        self.control.calls.append(("rollback", (version, revision)))
+        self._control.calls.append(("rollback", (version, revision)))
         return WorkloadRevision(service=service, version=version, revision=4, created_at=4)
 
 
@@ -237,6 +255,30 @@ def carry_out(
     runtime.fails = fails
     remedies = Remedies(lambda: control, runtime, lambda: 42.0)  # type: ignore[arg-type, return-value]
     return remedies.carry_out(Action("a1", what, "because")), control.calls
+
+
+def test_clear_fault_ends_faults_wherever_they_are() -> None:
+    harm = {"service": "b", "started_at": 1.0, "lat_ms": 200}
+    faults = [
+        Fault(id="f1", at="mesh", **harm),  # type: ignore[arg-type]
+        Fault(id="f2", at="app", **harm),  # type: ignore[arg-type]
+        Fault(id="f3", at="process", kind="hang", service="b", instance="b-1", started_at=1),
+        Fault(id="f4", at="process", kind="crash", service="b", instance="b-2", started_at=1),
+        Fault(id="f5", at="mesh", service="c", started_at=1, lat_ms=5),
+    ]
+    known = situation(*TWO)
+    known.intent = known.intent.model_copy(update={"faults": tuple(faults)})
+    chosen = plan(ClearFault(), ALL, known)
+    assert chosen.fault_ids == ("f1", "f2", "f3") and chosen.rolls_out
+    result, calls = carry_out(chosen, faults=faults)
+    assert result.ok, result.detail
+    assert calls == [
+        ("clear_fault", "f1"), ("set_env", ("v1", {"LAT_MS": None})), ("clear_fault", "f2"),
+        ("unhang", "b-1"), ("clear_fault", "f3"),
+    ]  # fmt: skip
+    only_a_crash = situation(*TWO)
+    only_a_crash.intent = only_a_crash.intent.model_copy(update={"faults": (faults[3],)})
+    assert "no fault" in reason(ClearFault(), ALL, only_a_crash)
 
 
 def test_a_restart_takes_the_instance_out_first_and_lets_it_back_in() -> None:

@@ -36,7 +36,7 @@ def command(
     hold_s = _values.duration_s(hold, "--hold")
     run = CanaryRun(
         context.runtime,
-        policies.load(policy or DEFAULT_POLICY),
+        policies.load(policy or DEFAULT_POLICY).of_app(context.runtime.app().name),
         service,
         to,
         steps=weights,

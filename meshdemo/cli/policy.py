@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meshdemo.cli import _context
+
+if TYPE_CHECKING:
+    from meshdemo.remediation.positions import Problem
 
 app = typer.Typer(no_args_is_help=True, help="Check a policy file, or test it on recorded signals.")
 
@@ -20,16 +24,14 @@ def check(
     from meshdemo.remediation import policy as policies
 
     context = _context.of(ctx)
-    checked = policies.check(policies.read(file))
+    checked = policies.check_file(file)
     if context.as_json:
         context.emit(
             {
                 "ok": checked.policy is not None,
                 "file": str(file),
-                "problems": [
-                    {"line": problem.line, "column": problem.column, "message": problem.message}
-                    for problem in checked.problems
-                ],
+                "problems": _places(checked.problems),
+                "warnings": _places([*checked.unset, *checked.remarks]),
             }
         )
         if checked.policy is None:
@@ -38,7 +40,13 @@ def check(
     if checked.policy is None:
         raise policies.PolicyError(str(file), checked.problems)
     policy = checked.policy
+    for warning in sorted([*checked.unset, *checked.remarks]):
+        context.stderr.print(f"Warning: {file}:{warning}", markup=False, soft_wrap=True)
     context.say(f"{file} is sound: {len(policy.objectives)} objectives, {len(policy.rules)} rules")
+
+
+def _places(problems: Sequence[Problem]) -> list[dict[str, object]]:
+    return [{"line": one.line, "column": one.column, "message": one.message} for one in problems]
 
 
 @app.command()
@@ -49,6 +57,9 @@ def test(
         Path,
         typer.Option("--signals", metavar="FILE", help="Recorded with `meshdemo watch --record FILE`."),
     ],
+    app: Annotated[
+        str | None, typer.Option("--app", metavar="NAME", help="The app that the signals are of.")
+    ] = None,
 ) -> None:
     """What the policy would do on recorded signals, were each remedy carried out at once."""
     from meshdemo.remediation import policy as policies
@@ -58,6 +69,8 @@ def test(
 
     context = _context.of(ctx)
     policy = policies.load(file)
+    if app is not None:
+        policy = policy.of_app(app)
     events = list(policytest.decisions(policy, recording.read(signals)))
     if context.output is _context.Output.json:
         context.emit([event.to_json() for event in events])

@@ -52,7 +52,8 @@ def kubernetes(ctx: typer.Context, app: _App = None) -> None:
     from meshdemo.runtime.kubernetes import manifests
 
     context = _context.of(ctx)
-    documents = manifests.render(_load(app or "pair"), {"name": context.name, **observed()})
+    definition = _load(app or "pair")
+    documents = manifests.render(definition, {"name": context.name, **observed(definition)})
     if context.as_json:
         import yaml
 
@@ -72,7 +73,7 @@ _Out = Annotated[
 
 
 @app.command()
-def prometheus(ctx: typer.Context, policy: _Policy = None, out: _Out = None) -> None:
+def prometheus(ctx: typer.Context, app: _App = None, policy: _Policy = None, out: _Out = None) -> None:
     """Prometheus' configuration, and the recording and alert rules of a policy's objectives."""
     from meshdemo.errors import MeshdemoError
     from meshdemo.remediation import policy as policies
@@ -84,8 +85,12 @@ def prometheus(ctx: typer.Context, policy: _Policy = None, out: _Out = None) -> 
     context = _context.of(ctx)
     paths = MeshPaths.of(context.name)
     control_plane = "127.0.0.1:8080"  # an example, while nothing runs
+    name = "pair"  # as well
     with suppress(MeshdemoError):
         control_plane = urlsplit(context.client.base_url).netloc
+        name = context.runtime.app().name
+    if app is not None:
+        name = _load(app).name
     config = local.config(
         mesh=context.name,
         targets=paths.prometheus,
@@ -96,7 +101,7 @@ def prometheus(ctx: typer.Context, policy: _Policy = None, out: _Out = None) -> 
         context,
         {
             "prometheus.yml": config + "\n",
-            local.RULES: rules.render(policies.load(policy or DEFAULT_POLICY)) + "\n",
+            local.RULES: rules.render(policies.load(policy or DEFAULT_POLICY).of_app(name)) + "\n",
         },
         out,
     )

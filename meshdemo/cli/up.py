@@ -122,7 +122,7 @@ def command(
         extra={
             "cwd": str(folder), "context": context, "kind_image": kind_image, "workers": workers,
             "base_image": base_image, "registry": registry, "observability": observability,
-            "watch": _policy() if watch else None, "gateway_port": gateway_port, **observed(),
+            "watch": _policy() if watch else None, "gateway_port": gateway_port, **observed(definition),
         },
     )  # fmt: skip
     steps = where.steps(options)
@@ -148,12 +148,12 @@ def command(
         frame.say(f"Mesh '{frame.name}' is up after {time.monotonic() - started:.1f} s.")
 
 
-def observed() -> dict[str, Any]:
+def observed(app: App) -> dict[str, Any]:
     """What Prometheus and Grafana are given: rules, and provisioning for where they run side by side."""
     from meshdemo.ui import grafana
 
     files = grafana.files("http://prometheus:9090/", "/etc/grafana/provisioning/dashboards")
-    return {"prometheus_rules": _rules(), "grafana": files}
+    return {"prometheus_rules": _rules(app), "grafana": files}
 
 
 def _policy() -> str:
@@ -163,12 +163,12 @@ def _policy() -> str:
     return DEFAULT_POLICY.read_text()
 
 
-def _rules() -> str:
-    """The default policy's objectives as Prometheus rules."""
+def _rules(app: App) -> str:
+    """The default policy's objectives for an app as Prometheus rules."""
     from meshdemo.remediation import policy, rules
     from meshdemo.resources import DEFAULT_POLICY
 
-    return rules.render(policy.load(DEFAULT_POLICY))
+    return rules.render(policy.load(DEFAULT_POLICY).of_app(app.name))
 
 
 def _app(reference: str | None, where: Runtime) -> tuple[App, Path]:

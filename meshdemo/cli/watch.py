@@ -51,15 +51,17 @@ def command(
 
     context = _context.of(ctx)
     path = policy or DEFAULT_POLICY
+    # A variable that is not set is complained about before anything starts.
+    rules = policies.load(path, to_notify=True)
+    rules.webhooks()
     settings = Settings(
-        policy=policies.load(path),
+        policy=rules.of_app(context.runtime.app().name),
         policy_name=str(path),
         dry_run=dry_run,
         for_s=None if for_ is None else _values.duration_s(for_, "--for"),
         until_healed=until_healed,
         record=record,
     )
-    settings.policy.webhooks()  # a variable that is not set is complained about before anything starts
     lock: AbstractContextManager[None] = nullcontext() if dry_run else context.runtime.watch_lock()
     with lock:
         watch = Watch(context.runtime, settings, tables.fault_words)

@@ -22,6 +22,7 @@ class Plan:
     instances: tuple[str, ...] = ()  # eject, restart, readmit
     rollbacks: Mapping[str, int | None] = field(default_factory=dict)  # version -> revision; None: the last
     fault_ids: tuple[str, ...] = ()  # clear-fault
+    rolls_out: bool = False  # clear-fault: one of them is in the app, and ends with a new revision
     split: Mapping[str, int] = field(default_factory=dict)  # shift-away
     scale: tuple[str, int] | None = None  # version, number of instances
     wait_s: float = 0.0
@@ -110,10 +111,13 @@ def _clear_fault(service: str, place: Location, situation: Situation) -> Plan | 
         instance=place.target if place.scope == "instance" else None,
         caller=place.target if place.scope == "caller" else None,
     )
-    ids = tuple(fault.id for fault in faults if fault.at == "mesh")
-    if not ids:
-        return Senseless(f"the mesh knows of no fault of its own on {place.target}")
-    return Plan("clear-fault", service, place.target, f"clear fault {', '.join(ids)}", fault_ids=ids)
+    faults = [fault for fault in faults if fault.kind != "crash"]  # its supervisor has mended that
+    if not faults:
+        return Senseless(f"the mesh knows of no fault on {place.target}")
+    ids = tuple(fault.id for fault in faults)
+    rolls_out = any(fault.at == "app" for fault in faults)
+    words = f"clear fault {', '.join(ids)}"
+    return Plan("clear-fault", service, place.target, words, fault_ids=ids, rolls_out=rolls_out)
 
 
 def _shift_away(service: str, place: Location, situation: Situation) -> Plan | Senseless:

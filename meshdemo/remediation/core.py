@@ -452,7 +452,8 @@ class Core:
         incident.effective_at = result.effective_at
         incident.deadline = result.effective_at + _PATIENCE * self.policy.guardrails.verify
         incident.recovery.rebase(result.effective_at)
-        settled_at = result.effective_at + (_SETTLE_S if plan.kind in _STARTS_PROCESSES else 0.0)
+        starts_processes = plan.kind in _STARTS_PROCESSES or plan.rolls_out
+        settled_at = result.effective_at + (_SETTLE_S if starts_processes else 0.0)
         for judge in self.observer.judges_of(incident.service):
             judge.reset(settled_at)
 

@@ -7,13 +7,15 @@ all problems at once, and one with a problem never starts.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -26,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from meshdemo.control.signals import effective_bound_ms
 from meshdemo.errors import BadInput
 from meshdemo.remediation import positions
 from meshdemo.remediation.positions import Document, Problem
@@ -62,7 +65,10 @@ Share = Annotated[float, BeforeValidator(_share)]
 # Below 100 %: an objective without any room for errors is violated by the first one.
 Goal = Annotated[Share, Field(gt=0, lt=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([-_A-Za-z0-9]{0,58}[A-Za-z0-9])?$")]
-ServicePattern = Annotated[str, StringConstraints(pattern=r"^[a-z0-9*?\[\]!-]+$", max_length=80)]
+# A service by name; `app/service`: of that app alone.
+ServicePattern = Annotated[
+    str, StringConstraints(pattern=r"^([a-z0-9-]+/)?[a-z0-9*?\[\]!-]+$", max_length=120)
+]
 
 
 class _Strict(BaseModel):
@@ -82,11 +88,23 @@ class _Selecting(_Strict):
     services: list[ServicePattern] = Field(default_factory=lambda: ["*"], min_length=1)
     except_: list[ServicePattern] = Field(default_factory=list, alias="except")
 
+    def of_app(self, app: str) -> Self | None:
+        """The same for one app, its patterns without the app; None if it speaks of other apps only."""
+        services = [name for name in (_within(app, pattern) for pattern in self.services) if name]
+        except_ = [name for name in (_within(app, pattern) for pattern in self.except_) if name]
+        return self.model_copy(update={"services": services, "except_": except_}) if services else None
+
     def applies_to(self, service: str) -> bool:
-        """Does it speak of this service?"""
+        """Does it speak of this service? A pattern that names an app fits none before `of_app`."""
         return any(fnmatchcase(service, pattern) for pattern in self.services) and not any(
             fnmatchcase(service, pattern) for pattern in self.except_
         )
+
+
+def _within(app: str, pattern: str) -> str | None:
+    """A pattern without the app that it names; None if that is another one."""
+    named, _, service = pattern.rpartition("/")
+    return service if named in ("", app) else None
 
 
 class Objective(_Selecting):
@@ -285,9 +303,15 @@ class Webhook(_Strict):
 
     @model_validator(mode="after")
     def _http(self) -> Webhook:
-        if not (self.url.startswith(("http://", "https://", "${"))):
-            raise ValueError(f"url '{self.url}' is not http:// or https://")
+        if not self.url.startswith("${") and (problem := _url_problem(_VARIABLE.sub("1", self.url))):
+            raise ValueError(f"url '{self.url}' {problem}")
         return self
+
+    def variables(self) -> dict[tuple[str, ...], list[str]]:
+        """The environment variables that it needs, by where they stand."""
+        texts: dict[tuple[str, ...], str] = {("url",): self.url}
+        texts.update({("headers", key): text for key, text in self.headers.items()})
+        return {place: _VARIABLE.findall(text) for place, text in texts.items()}
 
     def resolved(self, environment: Mapping[str, str]) -> Webhook:
         """The webhook with its variables filled in. Raises BadInput naming one that is not set."""
@@ -303,9 +327,25 @@ class Webhook(_Strict):
 
             return _VARIABLE.sub(value, text)
 
+        if problem := _url_problem(fill(self.url)):  # not the URL itself: it may carry a secret
+            raise BadInput(f"the url of notify '{self.name}', with its variables filled in, {problem}")
         return self.model_copy(
             update={"url": fill(self.url), "headers": {k: fill(v) for k, v in self.headers.items()}}
         )
+
+
+def _url_problem(url: str) -> str:
+    """What keeps a webhook from being told at this URL; empty if nothing does."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        return f"makes no sense: {error}"
+    if parts.scheme not in ("http", "https"):
+        return "is not http:// or https://"
+    if not host or any(character.isspace() for character in url):
+        return "names no host" if not host else "has a space in it"
+    return "has a port that nothing can listen on" if port == 0 else ""
 
 
 class Policy(_Strict):
@@ -315,6 +355,15 @@ class Policy(_Strict):
     rules: list[Rule] = Field(default_factory=list)
     guardrails: Guardrails = Guardrails()
     notify: list[Webhook] = Field(default_factory=list)
+
+    def of_app(self, app: str) -> Policy:
+        """What of the policy is meant for this app."""
+        return self.model_copy(
+            update={
+                "objectives": [one for objective in self.objectives if (one := objective.of_app(app))],
+                "rules": [kept for rule in self.rules if (kept := rule.of_app(app))],
+            }
+        )
 
     def objectives_of(self, service: str) -> list[Objective]:
         """The objectives that apply to a service, in the order of the file."""
@@ -347,31 +396,48 @@ class PolicyError(BadInput):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A policy text after checking: the policy, or what is wrong with it."""
+    """A policy text after checking: the policy, or what is wrong with it.
+
+    `unset`: environment variables that it needs and that are not set here; they may be where watch runs.
+    `remarks`: what is sound, and yet worth knowing.
+    """
 
     policy: Policy | None
     problems: list[Problem]
+    unset: Sequence[Problem] = ()
+    remarks: Sequence[Problem] = ()
 
 
-def load(path: Path) -> Policy:
-    """Read and check a policy file. Raises PolicyError (exit status 2) with every problem in it."""
-    checked = check(read(path))
+def load(path: Path, *, to_notify: bool = False) -> Policy:
+    """Read and check a policy file. Raises PolicyError (exit status 2) with every problem in it.
+
+    Args:
+        to_notify: its webhooks will be told, so the variables that they need have to be set.
+    """
+    checked = check_file(path)
     if checked.policy is None:
         raise PolicyError(str(path), checked.problems)
+    if to_notify and checked.unset:
+        raise PolicyError(str(path), list(checked.unset))
     return checked.policy
 
 
-def read(path: Path) -> str:
-    """The text of a policy file; BadInput if there is none to read."""
+def check_file(path: Path) -> Checked:
+    """Check a policy file. Raises BadInput if there is none to read."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})") from error
+        content = path.read_bytes()
     except OSError as error:
         raise BadInput(f"cannot read policy {path}: {error.strerror or error}") from error
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, len(before.rpartition(b"\n")[2].decode()) + 1
+        return Checked(None, [Problem(line, column, f"not UTF-8 text: byte 0x{content[error.start]:02x}")])
+    return check(text.replace("\r\n", "\n"))
 
 
-def check(text: str) -> Checked:
+def check(text: str, environment: Mapping[str, str] = os.environ) -> Checked:
     """Check a policy text; problems come in the order of their lines."""
     document = positions.parse(text)
     if document.data is None and not document.problems:
@@ -385,7 +451,30 @@ def check(text: str) -> Checked:
             problems.extend(_in_words(document, dict(detail)) for detail in error.errors(include_url=False))
         # Also when the above found something: all problems at once, not one after the other.
         problems.extend(_references(document))
-    return Checked(None if problems else policy, sorted(set(problems)))
+    if problems or policy is None:
+        return Checked(None, sorted(set(problems)))
+    unset = sorted(_unset(document, policy, environment))
+    return Checked(policy, [], unset, sorted(_inexact(document, policy)))
+
+
+def _unset(document: Document, policy: Policy, environment: Mapping[str, str]) -> Iterator[Problem]:
+    for index, webhook in enumerate(policy.notify):
+        for place, names in webhook.variables().items():
+            for name in names:
+                if name not in environment:
+                    where = document.value_at(("notify", index, *place))
+                    yield Problem(*where, f"the environment variable {name} is not set")
+
+
+def _inexact(document: Document, policy: Policy) -> Iterator[Problem]:
+    """Latencies that lie within a bucket of the histograms."""
+    for index, objective in enumerate(policy.objectives):
+        if (threshold := objective.threshold_ms) is None:
+            continue
+        bound = effective_bound_ms(threshold)
+        if not math.isclose(bound, threshold):
+            where = document.value_at(("objectives", index, "latency", "below"))
+            yield Problem(*where, f"{threshold:g}ms is judged as {bound:g}ms, the nearest that is counted")
 
 
 def _in_words(document: Document, error: Mapping[str, Any]) -> Problem:

@@ -57,7 +57,7 @@ def parse(text: str) -> Document:
         document.problems.append(Problem(1, 1, f"longer than {_MAX_BYTES} characters"))
         return document
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
@@ -77,19 +77,30 @@ def parse(text: str) -> Document:
     return document
 
 
+_ALIAS = "!alias"
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves aliases as they stand: PyYAML puts the anchor's node, and its position, in their place."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()  # type: ignore[no-untyped-call]
+            return yaml.ScalarNode(_ALIAS, event.anchor, event.start_mark, event.end_mark)
+        return super().compose_node(parent, index)
+
+
 class _Builder:
     def __init__(self, document: Document) -> None:
         self._document = document
         self._scalars = yaml.constructor.SafeConstructor()
-        self._seen: set[int] = set()
 
     def build(self, node: yaml.Node, path: Path) -> Any:
-        # An alias is the very node that its anchor is: refusing it keeps a few lines from standing for
-        # billions of values, and no policy is so long that it needs one.
-        if id(node) in self._seen:
+        # Refusing aliases keeps a few lines from standing for billions of values, and no policy is so long
+        # that it needs one.
+        if node.tag == _ALIAS:
             self._problem(node, "aliases (*name) and merge keys are not supported here: write it out")
             return None
-        self._seen.add(id(node))
         self._document.values[path] = _place(node)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)

@@ -14,6 +14,7 @@ from meshdemo.control.model import Effect, Fault
 from meshdemo.errors import BadInput, Failed, MeshdemoError
 from meshdemo.remediation.choose import Plan
 from meshdemo.remediation.core import Action, Result
+from meshdemo.runtime import faults
 from meshdemo.runtime.base import Runtime
 
 BY = "watch"
@@ -107,7 +108,8 @@ class Remedies:
         words = ""
         for fault_id in plan.fault_ids:
             with suppress(BadInput):  # it has ended by itself
-                words = _in_force(self._client().clear_fault(fault_id).effect)
+                cleared = faults.clear(self._runtime, fault_id)
+                words = f"felt by nobody after {cleared.effective_ms:.0f} ms"
         return words
 
     def _shift_away(self, plan: Plan, reason: str) -> str:
