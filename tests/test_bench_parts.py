@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from meshdemo.bench import controlplane, heal, load, prometheus, up
+from meshdemo.bench import controlplane, load, prometheus, trial, up
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import _Export
 from meshdemo.bench.stage import Stage, attempt, until
@@ -57,8 +57,8 @@ def test_a_few_simulated_sidecars_on_a_real_control_plane(monkeypatch: pytest.Mo
 def steady(until_s: float, **bad: Any) -> list[Request]:
     """200 requests/s until then; `bad` from..to: (from, to, took, status)."""
     made = []
-    for number in range(round(until_s * heal.RPS)):
-        due = number / heal.RPS
+    for number in range(round(until_s * trial.RPS)):
+        due = number / trial.RPS
         took, status = 0.002, 200
         for begin, end, slow, code in bad.values():
             if begin <= due < end:
@@ -68,16 +68,16 @@ def steady(until_s: float, **bad: Any) -> list[Request]:
 
 
 def test_it_is_settled_after_good_seconds_only() -> None:
-    assert heal.settled(steady(10), 10.0, 4.0)
-    assert not heal.settled(steady(10, errors=(7, 8, 0.002, 500)), 10.0, 4.0)
-    assert heal.settled(steady(10, errors=(2, 5, 0.002, 500)), 10.0, 4.0)
-    assert not heal.settled(steady(10, slow=(7, 9, 0.5, 200)), 10.0, 4.0)
+    assert trial.settled(steady(10), 10.0, 4.0)
+    assert not trial.settled(steady(10, errors=(7, 8, 0.002, 500)), 10.0, 4.0)
+    assert trial.settled(steady(10, errors=(2, 5, 0.002, 500)), 10.0, 4.0)
+    assert not trial.settled(steady(10, slow=(7, 9, 0.5, 200)), 10.0, 4.0)
 
 
 def test_it_is_not_settled_while_requests_hang_or_the_load_is_young() -> None:
-    hanging = [one for one in steady(10) if not (7 <= one.due < 8 and round(one.due * heal.RPS) % 2)]
-    assert not heal.settled(hanging, 10.0, 4.0)
-    assert not heal.settled(steady(2), 2.0, 4.0)
+    hanging = [one for one in steady(10) if not (7 <= one.due < 8 and round(one.due * trial.RPS) % 2)]
+    assert not trial.settled(hanging, 10.0, 4.0)
+    assert not trial.settled(steady(2), 2.0, 4.0)
 
 
 def test_the_rules_of_prometheus_are_sound() -> None:

@@ -36,7 +36,7 @@ class About:
 SUITES: Mapping[str, About] = {
     "overhead": About(5, 1),
     "fault": About(2, 0.5),
-    "heal": About(30, 4),
+    "heal": About(35, 4),  # and 25 where kind is there
     "controlplane": About(3, 1),
     "up": About(2, 0.5),  # and 8 where kind is there
     "load": About(4, 1),

@@ -31,6 +31,7 @@ from meshdemo.runtime.local.ports import Port
 
 if TYPE_CHECKING:
     from meshdemo.apps.model import App
+    from meshdemo.runtime.base import Runtime
     from meshdemo.runtime.local.runtime import LocalRuntime
 
 _T = TypeVar("_T")
@@ -236,7 +237,7 @@ def process_ids(runtime: LocalRuntime) -> dict[str, int]:
     return {one["name"]: one["pid"] for one in description["processes"]}
 
 
-def command(runtime: LocalRuntime, *arguments: str) -> list[str]:
+def command(runtime: Runtime, *arguments: str) -> list[str]:
     """The command line of `meshdemo` for a mesh."""
     return [sys.executable, "-P", "-m", "meshdemo", "--name", runtime.name, *arguments]
 

@@ -40,7 +40,8 @@ def command(
 ) -> None:  # fmt: skip
     """What the mesh costs and how fast it heals, on this machine, next to the alternatives.
 
-    About three quarters of an hour for all, of which heal is half an hour; eight minutes with --quick.
+    About fifty minutes for all, of which heal is more than half (half an hour more where kind is
+    installed); eight minutes with --quick.
     Everything runs in meshes of its own, which are gone afterwards.
     """
     from meshdemo.bench import runner
