@@ -4,7 +4,6 @@ watch       meshdemo watch, with the default policy
 nothing     no remedy at all, and no outlier detection
 outlier     Envoy's outlier detection alone, as the mesh has it by default
 prometheus  Prometheus and Alertmanager at one second, with a webhook that carries out the same remedies
-
 liveness    Kubernetes' liveness probes alone, on kind (`heal_kind`)
 
 Each run has a fresh mesh of its own, with a load of 200 requests/s through it that sees what callers see: a
