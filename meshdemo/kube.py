@@ -8,9 +8,11 @@ it reads is a handful of fields. Both the Kubernetes runtime and the control pla
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ Manifest = dict[str, Any]
 # So long an API server may be away in the middle of things (it is being upgraded, or very busy).
 PATIENCE_S = 30.0
 _CONNECT_S, _READ_S = 5.0, 30.0
-_PAUSE_S = 0.5
+_PAUSES_S = (0.0, 0.5, 1.0, 2.0)  # between one attempt and the next; the last one again and again
+_BUSY = {429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +112,8 @@ class Cluster:
         self.configuration = configuration
         self.url: str = configuration.host
         self._patience_s = patience_s
-        # Pauses of 0, 0.5, 1, 2, 2, ... s: so many retries are the patience asked for.
-        retries = int(patience_s / 2) + 2 if patience_s else 0
-        configuration.retries = urllib3.Retry(
-            total=retries,
-            backoff_factor=0.25,
-            backoff_max=2,
-            status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None,
-            raise_on_status=False,
-        )
+        self.deadline = math.inf  # `time.monotonic()` after which nothing is repeated any more
+        configuration.retries = False  # `request` repeats, by the clock and not by the count
         self.client = api.ApiClient(configuration)
         self._dynamic = DynamicClient(self.client, discoverer=_NoDiscovery)
 
@@ -164,9 +159,16 @@ class Cluster:
         stream: bool = False,
         read_timeout_s: float | None = _READ_S,
     ) -> Any:
-        """One request; its JSON answer, or with `stream` the response itself, to be read as it comes."""
-        give_up = time.monotonic() + self._patience_s
+        """One request; its JSON answer, or with `stream` the response itself, to be read as it comes.
+
+        What is asked may be asked twice: it applies, or names what it creates.
+        """
+        give_up = min(time.monotonic() + self._patience_s, self.deadline)
+        pauses = chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
+        if read_timeout_s is not None:
+            read_timeout_s = min(read_timeout_s, max(_CONNECT_S, self.deadline - time.monotonic()))
         while True:
+            wait_s = next(pauses)
             try:
                 # urllib3 reads (connect, None) as: wait for as long as it takes.
                 response = self._dynamic.request(
@@ -180,15 +182,13 @@ class Cluster:
                 )
                 return response if stream else json.loads(response.data or b"{}")
             except DynamicApiError as error:
-                raise _api_error(method, path, error) from None
-            except urllib3.exceptions.ProtocolError as error:
-                # The connection broke in the middle of an answer, which the retries of urllib3 do not cover.
-                # What is asked here may be asked twice: it applies, or names what it creates.
-                if time.monotonic() > give_up:
-                    raise self._unreachable(error) from None
-                time.sleep(_PAUSE_S)
+                wait_s = _retry_after_s(error) or wait_s
+                if error.status not in _BUSY or time.monotonic() + wait_s >= give_up:
+                    raise _api_error(method, path, error) from None
             except urllib3.exceptions.HTTPError as error:
-                raise self._unreachable(error) from None
+                if time.monotonic() + wait_s >= give_up:
+                    raise self._unreachable(error) from None
+            time.sleep(wait_s)
 
     def _unreachable(self, error: Exception) -> ApiError:
         return ApiError(
@@ -428,6 +428,12 @@ _REMEDIES = {
     401: "log in to the cluster again; the kubeconfig's credentials are not accepted",
     403: "ask the cluster's administrator for that right, or use another --context",
 }
+
+
+def _retry_after_s(error: DynamicApiError) -> float:
+    """What a busy server asks for; 0 if it says nothing (API servers say seconds, never a date)."""
+    said = (error.headers or {}).get("Retry-After", "")
+    return float(said) if said.isdigit() else 0.0
 
 
 def _api_error(method: str, path: str, error: DynamicApiError) -> ApiError:

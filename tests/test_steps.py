@@ -135,3 +135,18 @@ def test_the_status_lines_say_how_each_step_ended() -> None:
 
 def test_pause_outside_of_a_run_just_sleeps() -> None:
     pause(0)
+
+
+def test_when_the_time_is_over_it_says_what_was_being_done() -> None:
+    """Also of a step that does not listen: whoever waits for `up` gets an answer."""
+    book, over = Book(), threading.Event()
+    deaf = Step(
+        "deaf", lambda: void(over.wait(20)), book.writes("undo deaf"), detail=lambda: "asking somebody"
+    )
+    try:
+        with pytest.raises(Failed, match=r"after 0\.1 s 'deaf' is not done \(asking somebody\)") as caught:
+            run_steps([book.step("a"), deaf], timeout_s=0.1)
+    finally:
+        over.set()
+    assert "--timeout" in caught.value.remedy
+    assert book.lines == ["a", "undo deaf", "undo a"]

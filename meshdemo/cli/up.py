@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from meshdemo.apps.model import App
     from meshdemo.runtime.base import Runtime
 
+_GRACE_S = 1.0  # a step that knows why it is late gives up by itself, and says so
+
 
 def command(
     ctx: typer.Context,
@@ -65,9 +67,12 @@ def command(
         typer.Option("--registry", metavar="PREFIX", help="Where to push images to (kubernetes)."),
     ] = None,
     observability: Annotated[
-        bool,
-        typer.Option("--observability/--no-observability", help="Prometheus and Grafana (kind, kubernetes)."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--observability/--no-observability",
+            help="Prometheus and Grafana in the cluster; with, unless said otherwise (kind, kubernetes).",
+        ),
+    ] = None,
     gateway_port: Annotated[
         int | None,
         typer.Option(
@@ -85,8 +90,9 @@ def command(
         ),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Run watch in the cluster, too (kind, kubernetes).")
-    ] = False,
+        bool | None,
+        typer.Option("--watch/--no-watch", help="Run watch in the cluster, too (kind, kubernetes)."),
+    ] = None,
     timeout: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", help="Give up after so long.")
     ] = 300.0,
@@ -122,14 +128,14 @@ def command(
         extra={
             "cwd": str(folder), "context": context, "kind_image": kind_image, "workers": workers,
             "base_image": base_image, "registry": registry, "observability": observability,
-            "watch": _policy() if watch else None, "gateway_port": gateway_port, **observed(definition),
+            "watch": watch, "gateway_port": gateway_port, **observed(definition),
         },
     )  # fmt: skip
     steps = where.steps(options)
     if steps and frame.chatty:
         frame.stderr.print(f"Mesh '{frame.name}' on the {where.kind} runtime ({why}), app {definition.name}")
     with _context.stoppable():
-        seconds = run_steps(steps, frame.stderr if frame.chatty else None)
+        seconds = run_steps(steps, frame.stderr if frame.chatty else None, timeout_s=timeout + _GRACE_S)
     if otlp_endpoint is not None:
         where.control().set_traces(None if otlp_endpoint == "off" else otlp_endpoint)
     for note in getattr(where, "notes", ()):
@@ -154,13 +160,6 @@ def observed(app: App) -> dict[str, Any]:
 
     files = grafana.files("http://prometheus:9090/", "/etc/grafana/provisioning/dashboards")
     return {"prometheus_rules": _rules(app), "grafana": files}
-
-
-def _policy() -> str:
-    """The policy that a watch in the cluster goes by."""
-    from meshdemo.resources import DEFAULT_POLICY
-
-    return DEFAULT_POLICY.read_text()
 
 
 def _rules(app: App) -> str:

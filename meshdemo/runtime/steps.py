@@ -8,6 +8,7 @@ threads; one that waits does so with `pause`, so that a failure elsewhere or Ctr
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -94,6 +95,18 @@ class _Run:
         self.running -= 1
         return outcome.error
 
+    def too_late(self, timeout_s: float | None) -> Failed:
+        """What is not done when the time is over."""
+        said = []
+        for progress in self.steps:
+            if progress.state == "running":
+                doing = progress.step.detail() if progress.step.detail else ""
+                said.append(f"'{progress.step.title}' is not done" + (doing and f" ({doing})"))
+        return Failed(
+            f"after {timeout_s:g} s {' and '.join(said)}",
+            "a higher --timeout waits longer; `meshdemo up` again goes on from here",
+        )
+
     def settle(self) -> None:
         """Tell the steps under way to give up and wait for them, within reason."""
         self.cancelled.set()
@@ -120,25 +133,35 @@ class _Run:
         return problems
 
 
-def run_steps(steps: Sequence[Step], console: Console | None = None) -> dict[str, float]:
+def run_steps(
+    steps: Sequence[Step], console: Console | None = None, *, timeout_s: float | None = None
+) -> dict[str, float]:
     """Run all steps; how long each took (s), by title.
 
-    On the first failure, and on KeyboardInterrupt, the others are told to give up, everything that was
-    started is undone in reverse order, and the failure is raised again.
+    On the first failure, on KeyboardInterrupt, and when the time is over, the others are told to give up,
+    everything that was started is undone in reverse order, and the failure is raised again.
 
     Args:
         console: where the status lines go; None: nowhere.
+        timeout_s: for all of them; a step that knows why it cannot go on gives up shortly before.
 
     Raises:
         ValueError: `after` names no step, or the steps wait for each other in a circle.
+        Failed: the time is over, and what was being done.
     """
     _check(steps)
     run = _Run([_Progress(step) for step in steps])
+    give_up = math.inf if timeout_s is None else time.monotonic() + timeout_s
     with _shown(run, console):
         try:
             run.start_ready()
             while run.running:
-                if error := run.take_outcome():
+                left_s = None if timeout_s is None else max(0, give_up - time.monotonic())
+                try:
+                    error = run.take_outcome(left_s)
+                except queue.Empty:
+                    error = run.too_late(timeout_s)
+                if error:
                     raise error
                 run.start_ready()
         except BaseException as error:

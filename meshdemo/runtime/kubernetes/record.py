@@ -36,6 +36,8 @@ class Record(BaseModel):
     inside: bool = Field(default=False, description="this is a pod of the cluster")
     registry: str | None = None
     base_image: str | None = None
+    observability: bool = True
+    watch: bool = False
 
     @property
     def namespace(self) -> str:

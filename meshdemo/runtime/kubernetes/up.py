@@ -13,7 +13,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
 from meshdemo.errors import Failed, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
+from meshdemo.resources import DEFAULT_POLICY
 from meshdemo.runtime.base import Step, UpOptions
 from meshdemo.runtime.kubernetes import apply, images, manifests, record
 from meshdemo.runtime.kubernetes.kind import Kind
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 OLDEST = (1, 30)  # native sidecars and the `sleep` of preStop by default
 _NODE_PORTS = {"prometheus": 30090, "grafana": 30300}
 _GONE_S = 120.0
+_SAY_WHY_S = 2.0  # so long before the time is over a step gives up, to say why
+_WATCH = "watch"
+# What a part of the mesh that may be left out (Prometheus, Grafana, watch) consists of.
+_OPTIONAL_KINDS = ("Deployment", "Service", "ConfigMap", "RoleBinding", "Role", "ServiceAccount")
 
 
 def steps(runtime: KubernetesRuntime, options: UpOptions) -> Sequence[Step]:
@@ -68,7 +72,7 @@ class _Up:
         # What was injected is shown as part of the app, and is not ours to bring up.
         self._options = options = replace(options, app=declared(options.app))
         self._extra = options.extra
-        self._deadline = time.monotonic() + options.timeout_s
+        self._deadline = time.monotonic() + max(options.timeout_s - _SAY_WHY_S, options.timeout_s / 2)
         before = record.load(options.name)
         if before is not None and before.kind != runtime.kind:
             raise Failed(
@@ -82,10 +86,18 @@ class _Up:
             if value:
                 images.check_reference(value)
         self._base_image, self._registry = base_image, registry
+        # What the user does not say stays as it was.
+        self._observes = self._asked("observability", before.observability if before else True)
+        self._watches = self._asked("watch", before.watch if before else False)
+        self._running: specs.MeshSpec | None = None
         self._recipes = images.recipes(options.app, base_image or images.BASE_IMAGE)
         self._references = {name: recipe.reference(registry) for name, recipe in self._recipes.items()}
         # Wrong options are refused before anything is begun.
         self._wanted(None)
+
+    def _asked(self, name: str, otherwise: bool) -> bool:
+        asked = self._extra.get(name)
+        return otherwise if asked is None else bool(asked)
 
     def _wanted(self, running: specs.MeshSpec | None) -> specs.MeshSpec:
         return specs.wanted(self._options, running, now=time.time(), runs_images=True)
@@ -97,7 +109,7 @@ class _Up:
         if self._before is None:
             return False
         try:
-            running = self._runtime.spec_map.find()
+            self._running = running = self._runtime.spec_map.find()
             if running is None:
                 return False
             wanted = self._wanted(running)
@@ -110,11 +122,14 @@ class _Up:
             return False
         there = {one["metadata"]["name"]: one for one in found}
         expected = {deployment_of(one) for one in wanted.workloads.values()} | {images.CONTROL_PLANE}
+        expected |= {_WATCH} if self._watches else set()
+        welcome = set(manifests.OBSERVABILITY) if self._observes else set()
         used = {
             container["image"] for one in found for container in one["spec"]["template"]["spec"]["containers"]
         }
         return (
-            expected <= there.keys()
+            expected | welcome <= there.keys()
+            and not self._left_out & there.keys()
             and all(apply.rolled_out(there[name]) for name in expected)
             and set(self._references.values()) - {self._references[images.SIDECAR]} <= used
         )
@@ -134,28 +149,33 @@ class _Up:
 
         if on_kind:
             self._kind  # noqa: B018 - what is missing is said before anything is begun
-        else:
-            self._remember(Record(kind="kubernetes", mesh=self._options.name, context=self._context()))
         self._builder  # noqa: B018
+        if not on_kind:
+            self._remember(Record(kind="kubernetes", mesh=self._options.name, context=self._context()))
+        elif self._before is not None:
+            self._remember(self._before)
 
         title = "Making the kind cluster" if on_kind and self._makes_cluster else "Reaching the cluster"
         cluster = step(title, self._reach)
         builds = [step(f"Building {names}", self._build(group)) for names, group in self._groups()]
+        there = builds
         if on_kind:
-            there = step("Loading the images into the nodes", self._load, *builds)
+            there = [step("Loading the images into the nodes", self._load, *builds)]
         elif self._registry:
-            there = step(f"Pushing the images to {self._registry}", self._push, *builds)
-        else:
-            there = builds[-1]
+            there = [
+                step(f"Pushing {name} to {self._registry}", self._push(name), build)
+                for build, (_, group) in zip(builds, self._groups(), strict=True)
+                for name in group
+            ]
         base = step("Preparing the namespace", self._prepare, cluster)
-        needs = [base, *builds, there]
+        needs = [base, *there]
         ready = [step("Starting the control plane", self._start(images.CONTROL_PLANE), *needs)]
-        for key, workload in self._wanted(None).workloads.items():
+        for key, workload in self._wanted(self._running).workloads.items():
             count = "1 instance" if workload.instances == 1 else f"{workload.instances} instances"
             name = f"Starting {workload.service} {workload.version} ({count})"
             ready.append(step(name, self._start(key), *needs))
-        if self._extra.get("watch") is not None:
-            ready.append(step("Starting watch in the cluster", self._start("watch"), *needs))
+        if self._watches:
+            ready.append(step("Starting watch in the cluster", self._start(_WATCH), *needs))
         observed = step("Starting Prometheus and Grafana", self._observe, base) if self._observes else None
         request = step("Sending a request through the mesh", self._request, *ready)
         if observed is not None:
@@ -163,8 +183,10 @@ class _Up:
         return found
 
     @property
-    def _observes(self) -> bool:
-        return bool(self._extra.get("observability", True))
+    def _left_out(self) -> set[str]:
+        """Parts that are not to run."""
+        observability = () if self._observes else manifests.OBSERVABILITY
+        return {*observability, *(() if self._watches else (_WATCH,))}
 
     def _context(self) -> str | None:
         return self._extra.get("context") or (self._before.context if self._before else None)
@@ -174,8 +196,11 @@ class _Up:
         return max(1.0, self._deadline - time.monotonic())
 
     def _remember(self, now: Record) -> None:
-        now = now.model_copy(update={"registry": self._registry, "base_image": self._base_image})
-        record.save(now)
+        said = {
+            "registry": self._registry, "base_image": self._base_image,
+            "observability": self._observes, "watch": self._watches,
+        }  # fmt: skip
+        record.save(now.model_copy(update=said))
         self._runtime.__dict__.pop("record", None)
 
     # -- the cluster ---------------------------------------------------------------------------------------
@@ -191,6 +216,7 @@ class _Up:
     def _reach(self, tell: Callable[[str], None]) -> None:
         if self._runtime.kind == "kind":
             self._reach_kind(tell)
+        self._runtime.cluster.deadline = self._deadline
         version = self._runtime.cluster.version()
         if version < OLDEST:
             raise Missing(
@@ -267,12 +293,8 @@ class _Up:
             tell("loading")
             self._kind.load(name, archive, [node for node, images_of in lacking.items() if images_of])
 
-    def _push(self, tell: Callable[[str], None]) -> None:
-        with ThreadPoolExecutor(4) as pool:
-            for done in [
-                pool.submit(self._builder.push, reference, tell) for reference in self._references.values()
-            ]:
-                done.result()
+    def _push(self, name: str) -> Callable[[Callable[[str], None]], None]:
+        return partial(self._builder.push, self._references[name])
 
     # -- the objects ---------------------------------------------------------------------------------------
 
@@ -288,7 +310,7 @@ class _Up:
             grafana=self._extra.get("grafana") or {},
             node_ports=_NODE_PORTS if runtime.record.ports else {},
             service_monitor=runtime.cluster.serves("ServiceMonitor"),
-            watch=self._extra.get("watch"),
+            watch=DEFAULT_POLICY.read_text() if self._watches else None,
         )
         return manifests.objects(self._spec, site)
 
@@ -316,6 +338,12 @@ class _Up:
         tell("services and rights")
         rest = [one for one in parts if one not in state and one["kind"] != "Namespace"]
         apply.apply(cluster, rest, timeout_s=self._left())
+        for component in self._left_out if self._running else ():
+            labels = f"{k8s.MESH}={self._options.name},app.kubernetes.io/component={component}"
+            for kind in _OPTIONAL_KINDS:
+                for one in cluster.find(kind, namespace, labels=labels):
+                    tell(f"removing {component}")
+                    cluster.delete(kind, one["metadata"]["name"], namespace)
 
     def _start(self, key: str) -> Callable[[Callable[[str], None]], None]:
         def run(tell: Callable[[str], None]) -> None:
