@@ -94,6 +94,11 @@ class Mesh(Cli):
     def kubeconfig(self) -> Path:
         return self.home / self.name / "kubeconfig"
 
+    @property
+    def nodes(self) -> list[str]:
+        """The containers that are the cluster's nodes."""
+        return kind.Kind().nodes(self.name)
+
     def ids(self, service: str = "service-b") -> list[str]:
         """The instances of a service."""
         status = self.json("status")
@@ -159,24 +164,33 @@ def on_kind(folder: Path, *options: str) -> Iterator[Mesh]:
 
 
 @contextmanager
-def api_server_away(cluster: str, seconds: float) -> Iterator[None]:
+def api_server_away(mesh: Mesh, seconds: float) -> Iterator[None]:
     """The API server refuses connections for so long, from when the block begins."""
     rule = ["INPUT", "-p", "tcp", "--dport", "6443", "-j", "REJECT", "--reject-with", "tcp-reset"]
-    node = ["docker", "exec", f"{cluster}-control-plane", "iptables"]
+    node = ["exec", f"{mesh.name}-control-plane", "iptables"]
+    with _for_a_while([*node, "-I", *rule], [*node, "-D", *rule], seconds):
+        yield
 
-    def back() -> None:
-        time.sleep(seconds)
-        subprocess.run([*node, "-D", *rule], check=True, capture_output=True)
 
-    subprocess.run([*node, "-I", *rule], check=True, capture_output=True)
-    thread = threading.Thread(target=back)
-    thread.start()
+@contextmanager
+def nodes_frozen(mesh: Mesh, seconds: float) -> Iterator[None]:
+    """The cluster's nodes stand still for so long: connections are taken, and nothing comes back."""
+    with _for_a_while(["pause", *mesh.nodes], ["unpause", *mesh.nodes], seconds):
+        yield
+
+
+@contextmanager
+def _for_a_while(begin: list[str], end: list[str], seconds: float) -> Iterator[None]:
+    docker(*begin)
+    over = threading.Timer(seconds, lambda: docker(*end))
+    over.start()
     try:
         yield
     finally:
-        thread.join()
+        over.join()
 
 
-def docker() -> str:
-    """The docker command."""
-    return str(shutil.which("docker"))
+def docker(*words: str) -> str:
+    """What a docker command prints."""
+    command = [str(shutil.which("docker")), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

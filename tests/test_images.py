@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import registry_harness
 
 from meshdemo.apps import loader
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
@@ -312,3 +313,37 @@ def test_a_build_that_fails_shows_its_last_lines() -> None:
     with pytest.raises(Failed) as caught:
         builder.build(missing, missing.reference(), lambda _: None)
     assert "--base-image" in caught.value.remedy
+
+
+@pytest.mark.docker
+def test_images_are_pushed_to_a_registry(built: dict[str, str], tmp_path: Path) -> None:
+    builder = engine()
+    said: list[str] = []
+    with registry_harness.registry(tmp_path) as port:
+        prefix = f"127.0.0.1:{port}/team"
+        reference = f"{prefix}/{built['service-b']}"
+        try:
+            recipe = images.recipes(PAIR, BASE)["service-b"]
+            assert recipe.reference(prefix) == reference
+            builder.build(recipe, reference, said.append)
+            builder.push(reference, said.append)
+            there = docker("inspect", "--format={{.Id}}", reference)
+            docker("image", "rm", reference)
+            docker("pull", "--quiet", reference)
+            assert docker("inspect", "--format={{.Id}}", reference) == there
+        finally:
+            docker("image", "rm", reference, check=False)
+    assert any("Push" in line for line in said)
+
+
+@pytest.mark.docker
+def test_a_registry_that_takes_nothing_is_named() -> None:
+    builder = engine()
+    reference = "127.0.0.1:1/team/nothing:1"
+    docker("tag", BASE, reference)
+    try:
+        with pytest.raises(Failed, match=rf"cannot push {reference}: .*refused") as caught:
+            builder.push(reference, lambda _: None)
+    finally:
+        docker("image", "rm", reference)
+    assert "--registry" in caught.value.remedy

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import registry_harness
 import yaml
-from kind_harness import BASE_IMAGE, Mesh, api_server_away, on_kind, require, say, until
+from kind_harness import BASE_IMAGE, Mesh, api_server_away, docker, nodes_frozen, on_kind, require, say, until
 
 from meshdemo.kube import ApiError
 from meshdemo.runtime.kubernetes import apply, kind, manifests
@@ -75,6 +77,31 @@ def test_what_cannot_be_pulled_is_said_and_not_waited_for(mesh: Mesh) -> None:
     assert endpoints["prometheus"].startswith("http://127.0.0.1:")
     deployment = mesh.cluster.get("Deployment", "prometheus", mesh.name)
     assert deployment is not None
+
+
+def test_only_the_redirecting_container_needs_more_than_restricted(mesh: Mesh) -> None:
+    """As the API server's own admission judges it."""
+    label = "pod-security.kubernetes.io/enforce"
+    meta = {"name": f"{mesh.name}-strict", "labels": {label: "restricted"}}
+    mesh.cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
+    try:
+        for deployment in yaml.safe_load_all(mesh.run("render", "kubernetes")):
+            if deployment["kind"] != "Deployment":
+                continue
+            spec = deployment["spec"]["template"]["spec"]
+            spec["serviceAccountName"] = "default"
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": spec}
+            path = f"/api/v1/namespaces/{meta['name']}/pods"
+            redirect = [c for c in spec.get("initContainers", []) if c["name"] == "meshdemo-redirect"]
+            until(lambda: mesh.cluster.get("ServiceAccount", "default", meta["name"]), "its account")
+            if redirect:
+                with pytest.raises(ApiError, match=r"restricted.*NET_ADMIN") as caught:
+                    mesh.cluster.request("POST", path, body=pod, query={"dryRun": "All"})
+                assert "meshdemo-sidecar" not in caught.value.message
+                spec["initContainers"].remove(redirect[0])
+            mesh.cluster.request("POST", path, body=pod, query={"dryRun": "All"})
+    finally:
+        mesh.cluster.delete("Namespace", str(meta["name"]))
 
 
 # -- who reaches whom --------------------------------------------------------------------------------------
@@ -334,8 +361,8 @@ def test_watch_heals(mesh: Mesh, fault: str) -> None:
 def test_remedies_leave_events(mesh: Mesh) -> None:
     victim = mesh.ids()[0]
 
-    def said(reason: str) -> list[str]:
-        events = mesh.cluster.find("Event", mesh.name, fields=f"involvedObject.name={victim}")
+    def said(reason: str, about: str = victim) -> list[str]:
+        events = mesh.cluster.find("Event", mesh.name, fields=f"involvedObject.name={about}")
         return [event["message"] for event in events if event["reason"] == reason]
 
     mesh.runtime.control().eject(victim, reason="a test", by="test")
@@ -344,6 +371,12 @@ def test_remedies_leave_events(mesh: Mesh) -> None:
     mesh.runtime.restart(victim, reason="another test")
     assert "another test" in said("Restarted")
     assert victim not in mesh.ids()
+    revision = mesh.runtime.revisions("service-b", "v1")[-1].revision
+    mesh.runtime.set_env("service-b", "v1", {"LAT_MS": "1"}, reason="a change")
+    mesh.runtime.rollback("service-b", "v1", revision, reason="a third test")
+    assert any(f"to revision {revision}: a third test" in one for one in said("RolledBack", "service-b-v1"))
+    scale_down(mesh)
+    assert [one for one in said("Scaled", "service-b-v1") if "to 3: test" in one]
 
 
 def test_two_watches_do_not_fight(mesh: Mesh) -> None:
@@ -465,14 +498,32 @@ def test_a_namespace_that_is_being_deleted(mesh: Mesh, other: Mesh) -> None:
     timed(other, *UP, "--timeout", "200", status=0)
 
 
-def test_an_api_server_that_is_away_for_20_s(mesh: Mesh, other: Mesh) -> None:
+@pytest.mark.parametrize("away", [api_server_away, nodes_frozen])
+def test_an_api_server_that_is_away_for_20_s(
+    mesh: Mesh, other: Mesh, away: Callable[[Mesh, float], AbstractContextManager[None]]
+) -> None:
     process = other.start(*UP, "--timeout", "200")
     until(lambda: mesh.cluster.get("Namespace", "other") is not None, "up to have begun")
-    with api_server_away(mesh.name, 20):
+    with away(mesh, 20):
         pass
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, (out, err)
     assert other.json("status")["ready"] is True
+
+
+def test_an_api_server_that_stays_away(mesh: Mesh, other: Mesh) -> None:
+    """`up` ends within its time-out though nothing answers, says so, and finishes the job later."""
+    process = other.start(*UP, "--timeout", "25")
+    began = time.monotonic()
+    until(lambda: mesh.cluster.get("Namespace", "other") is not None, "up to have begun")
+    with nodes_frozen(mesh, 40):
+        _, err = process.communicate(timeout=60)
+        took_s = time.monotonic() - began
+        say(f"exit {process.returncode} after {took_s:.0f} s: {err.strip()[:300]}")
+        assert process.returncode == 1
+        assert "does not answer" in err
+        assert took_s < 30
+    timed(other, *UP, "--timeout", "200", status=0)
 
 
 def test_a_dead_cluster(other: Mesh, tmp_path: Path) -> None:
@@ -501,6 +552,61 @@ def test_no_right_to_make_a_namespace(mesh: Mesh, other: Mesh, tmp_path: Path) -
     said = other.run(*UP, status=1, KUBECONFIG=str(limited))
     assert "namespaces" in said
     assert "system:serviceaccount" in said
+
+
+def test_several_nodes(mesh: Mesh, tmp_path: Path) -> None:
+    """Copies are spread over the nodes, each of which has the images; another cluster stays as it is."""
+    docker("pause", *mesh.nodes)  # two clusters at once are much for a small machine
+    try:
+        with on_kind(tmp_path, "--workers", "1", "--no-observability") as wide:
+            assert len(wide.nodes) == 2
+            assert {wide.pod(name)["spec"]["nodeName"] for name in wide.ids()} == set(wide.nodes)
+            used = {
+                container["image"]
+                for deployment in wide.cluster.find("Deployment", wide.name)
+                for container in deployment["spec"]["template"]["spec"]["containers"]
+            }
+            assert [kind.Kind().missing(node, used) for node in wide.nodes] == [[], []]
+    finally:
+        docker("unpause", *mesh.nodes)
+    assert mesh.name in kind.Kind().clusters()
+
+
+def test_images_come_from_a_registry(mesh: Mesh, other: Mesh, tmp_path: Path) -> None:
+    """`--runtime kubernetes --registry`: pushed from here, pulled by the nodes, again by a new mesh."""
+    gateway = docker("network", "inspect", "kind", "--format", "{{range .IPAM.Config}}{{.Gateway}} {{end}}")
+    address = next(one for one in gateway.split() if "." in one)
+    with registry_harness.registry(tmp_path, "127.0.0.1", address) as port:
+        # For the node too the registry is on 127.0.0.1, where no certificate is asked for.
+        here = ["-p", "tcp", "--dport", str(port)]
+        for node in mesh.nodes:
+            for rule in (
+                ["OUTPUT", "-d", "127.0.0.1", *here, "-j", "DNAT", "--to-destination", f"{address}:{port}"],
+                ["POSTROUTING", "-d", address, *here, "-j", "MASQUERADE"],
+            ):
+                docker("exec", node, "iptables", "-t", "nat", "-I", *rule)
+        prefix = f"127.0.0.1:{port}/team"
+        config = tmp_path / "two-contexts"
+        known = yaml.safe_load(mesh.kubeconfig.read_text())
+        known["contexts"].append({"name": "this-one", "context": known["contexts"][0]["context"]})
+        known["current-context"] = "none"
+        config.write_text(yaml.safe_dump(known))
+        other.env["KUBECONFIG"] = str(config)
+        try:
+            timed(other, *UP, "--context", "this-one", "--registry", prefix, "--timeout", "200", status=0)
+        finally:
+            name = "{{.Repository}}:{{.Tag}}"
+            built = docker("image", "ls", "--filter", f"reference={prefix}/*/*", "--format", name).split()
+            docker("image", "rm", *built)
+        images_used = {
+            container["image"]
+            for pod in mesh.cluster.find("Pod", "other")
+            for container in (*pod["spec"]["containers"], *pod["spec"]["initContainers"])
+            if pod["metadata"].get("labels", {}).get("meshdemo.dev/service")
+        }
+        assert images_used
+        assert all(image.startswith(prefix) for image in images_used), images_used
+        assert other.json("status")["ready"] is True
 
 
 def test_an_existing_cluster_is_used_and_not_deleted(mesh: Mesh, tmp_path: Path) -> None:
