@@ -183,18 +183,22 @@ class Cluster:
                 return response if stream else json.loads(response.data or b"{}")
             except DynamicApiError as error:
                 wait_s = _retry_after_s(error) or wait_s
-                if error.status not in _BUSY or time.monotonic() + wait_s >= give_up:
+                late = time.monotonic() + wait_s >= give_up
+                if error.status == 0:  # the client's word for TLS that broke off
+                    if late:
+                        raise self._unreachable(str(error.reason).splitlines()[-1]) from None
+                elif late or error.status not in _BUSY:
                     raise _api_error(method, path, error) from None
             except urllib3.exceptions.HTTPError as error:
                 if time.monotonic() + wait_s >= give_up:
-                    raise self._unreachable(error) from None
+                    raise self._unreachable(_cause(error)) from None
             time.sleep(wait_s)
 
-    def _unreachable(self, error: Exception) -> ApiError:
+    def _unreachable(self, why: str) -> ApiError:
         return ApiError(
             0,
             "Unreachable",
-            f"the API server at {self.url} does not answer: {_cause(error)}",
+            f"the API server at {self.url} does not answer: {why}",
             "is the cluster running, and does the kubeconfig name the right one?",
         )
 
@@ -451,4 +455,6 @@ def _cause(error: BaseException) -> str:
     while isinstance(reason := getattr(error, "reason", None), BaseException):
         error = reason
     text = str(error)
+    if isinstance(error, urllib3.exceptions.ReadTimeoutError):
+        return "it takes connections and says nothing"
     return text.split(": ", 1)[1] if text.startswith("<") or "object at 0x" in text else text

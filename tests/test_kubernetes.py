@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,45 @@ def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
     assert Cluster(configuration).get("Pod", "p", "n") == {"metadata": {"name": "p"}}
     thread.join()
     listener.close()
+
+
+def test_tls_that_breaks_off_is_an_absence_too() -> None:
+    from kubernetes import client as api
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    configuration = api.Configuration()
+    configuration.host = f"https://127.0.0.1:{listener.getsockname()[1]}"
+    attempts = 0
+
+    def serve() -> None:
+        nonlocal attempts
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                connection.recv(4096)
+                connection.close()
+                attempts += 1
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    with pytest.raises(ApiError, match="does not answer") as caught:
+        Cluster(configuration, patience_s=1.0).find("Pod", "n")
+    assert caught.value.status == 0
+    assert attempts >= 2
+    listener.close()
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_longer_than_there_is_time() -> None:
+    from kubernetes import client as api
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        configuration = api.Configuration()
+        configuration.host = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        cluster = Cluster(configuration)
+        cluster.deadline = time.monotonic()
+        with pytest.raises(ApiError, match="it takes connections and says nothing"):
+            cluster.find("Pod", "n")
+        assert time.monotonic() - cluster.deadline < 20  # and not the 30 s of one attempt
 
 
 def test_a_dead_cluster_is_told_at_once() -> None:
@@ -662,6 +702,21 @@ def test_an_image_that_cannot_be_pulled_is_the_reason(server: ApiServer, impatie
     assert 'b-1 (app): ImagePullBackOff: Back-off pulling "x:1"' in failed.message
     assert "an event's words" in failed.message
     assert "--registry" in failed.remedy
+
+
+def test_reasons_that_take_turns_are_one_trouble(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kubelet says ErrImagePull after each attempt, and ImagePullBackOff in between."""
+    monkeypatch.setattr(apply, "_GRACE_S", dict.fromkeys(apply._GRACE_S, 1.0))
+    turns = itertools.cycle(["ErrImagePull", "ImagePullBackOff"])
+
+    def pods() -> dict[str, Any]:
+        status = {"containerStatuses": [waiting("app", next(turns), "no such host")]}
+        return listing({"metadata": {"name": "b-1"}, "status": status})
+
+    server.answer(f"get {PODS}", pods)
+    began = time.monotonic()
+    assert "no such host" in await_it(server, {}, timeout_s=60).message
+    assert time.monotonic() - began < 30
 
 
 def test_a_crash_loop_shows_why_and_the_last_lines(server: ApiServer, impatient: None) -> None:

@@ -46,10 +46,14 @@ class Trouble:
         return f"{self.about}: {self.reason}: {self.message}{lines}"
 
     @property
+    def family(self) -> str:
+        """One word for reasons that take turns while the trouble is the same."""
+        return "ErrImagePull" if "Image" in self.reason else self.reason
+
+    @property
     def remedy(self) -> str:
         """What to do about it."""
-        family = "ErrImagePull" if "Image" in self.reason else self.reason
-        return _REMEDIES.get(family, "`meshdemo logs` and `kubectl describe pod` tell more")
+        return _REMEDIES.get(self.family, "`meshdemo logs` and `kubectl describe pod` tell more")
 
 
 # -- applying ----------------------------------------------------------------------------------------------
@@ -143,13 +147,13 @@ def await_rollout(
         troubles = [*_of_deployments(waiting), *(t for pod in pods for t in pod_troubles(pod))]
         booting = any(trouble.reason == "Unschedulable" for trouble in troubles) and _booting(cluster)
         since = {
-            (trouble.about, trouble.reason): since.get((trouble.about, trouble.reason), now)
+            (trouble.about, trouble.family): since.get((trouble.about, trouble.family), now)
             for trouble in troubles
         }
         for trouble in troubles:
             if booting and trouble.reason == "Unschedulable":
                 continue
-            if now - since[trouble.about, trouble.reason] >= _GRACE_S.get(trouble.reason, timeout_s):
+            if now - since[trouble.about, trouble.family] >= _GRACE_S.get(trouble.reason, timeout_s):
                 raise _failed(cluster, namespace, trouble, pods)
         if now > give_up:
             if troubles:

@@ -339,11 +339,18 @@ class _Up:
         rest = [one for one in parts if one not in state and one["kind"] != "Namespace"]
         apply.apply(cluster, rest, timeout_s=self._left())
         for component in self._left_out if self._running else ():
-            labels = f"{k8s.MESH}={self._options.name},app.kubernetes.io/component={component}"
-            for kind in _OPTIONAL_KINDS:
-                for one in cluster.find(kind, namespace, labels=labels):
-                    tell(f"removing {component}")
-                    cluster.delete(kind, one["metadata"]["name"], namespace)
+            tell(f"without {component}")
+            self._remove(component)
+
+    def _remove(self, component: str) -> None:
+        """Remove a part of the mesh that may be left out, and wait until it is gone."""
+        cluster, namespace = self._runtime.cluster, self._runtime.namespace
+        labels = f"{k8s.MESH}={self._options.name},app.kubernetes.io/component={component}"
+        for kind in _OPTIONAL_KINDS:
+            for one in cluster.find(kind, namespace, labels=labels):
+                cluster.delete(kind, one["metadata"]["name"], namespace)
+        while cluster.find("Pod", namespace, labels=labels) and self._left() > 1:
+            pause(0.2)
 
     def _start(self, key: str) -> Callable[[Callable[[str], None]], None]:
         def run(tell: Callable[[str], None]) -> None:
