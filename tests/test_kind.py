@@ -625,7 +625,7 @@ def test_images_come_from_a_registry(mesh: Mesh, other: Mesh, tmp_path: Path) ->
         images_used = {
             container["image"]
             for pod in mesh.cluster.find("Pod", "other")
-            for container in (*pod["spec"]["containers"], *pod["spec"]["initContainers"])
+            for container in (*pod["spec"]["containers"], *pod["spec"].get("initContainers", []))
             if pod["metadata"].get("labels", {}).get("meshdemo.dev/service")
         }
         assert images_used
