@@ -15,11 +15,9 @@ from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import _Export
 from meshdemo.bench.stage import Stage, attempt, until
 from meshdemo.bench.stats import Request
-from meshdemo.bench.up_kind import _one_after_another
 from meshdemo.control.signals import Histogram
 from meshdemo.control.telemetry import decode
 from meshdemo.errors import Failed
-from meshdemo.runtime.base import Step
 
 # -- simulated sidecars -----------------------------------------------------------------------------------
 
@@ -155,27 +153,6 @@ def test_percentiles_are_found_in_what_the_clients_say() -> None:
 def test_the_steps_of_up_are_read() -> None:
     said = "Mesh 'x' on the local runtime\n  0.03 s  Preparing the state folder\n 12.50 s  Starting service-b v1\n"
     assert up._steps(said) == {"Preparing the state folder": 0.03, "Starting service-b v1": 12.5}
-
-
-def test_by_hand_is_one_after_another_but_for_what_is_applied_at_once() -> None:
-    done: list[str] = []
-
-    def step(title: str, *after: str) -> Step:
-        return Step(title, lambda: done.append(title), after=after)
-
-    steps = [
-        step("Making the kind cluster"),
-        step("Building sidecar"),
-        step("Preparing the namespace", "Making the kind cluster"),
-        step("Starting the control plane", "Preparing the namespace"),
-        step("Starting service-b v1 (2 instances)", "Preparing the namespace"),
-        step("Sending a request through the mesh", "Starting the control plane"),
-    ]
-    for run in _one_after_another(steps):
-        run()
-    assert done[:3] == ["Making the kind cluster", "Building sidecar", "Preparing the namespace"]
-    assert sorted(done[3:5]) == ["Starting service-b v1 (2 instances)", "Starting the control plane"]
-    assert done[5:] == ["Sending a request through the mesh"]
 
 
 # -- the stage --------------------------------------------------------------------------------------------
