@@ -115,9 +115,13 @@ class _Up:
             wanted = self._wanted(running)
             if specs.differences(running, wanted):
                 return False
-            found = self._runtime.cluster.find(
-                "Deployment", self._runtime.namespace, labels=f"{k8s.MESH}={self._options.name}"
-            )
+            cluster, namespace = self._runtime.cluster, self._runtime.namespace
+            labels = f"{k8s.MESH}={self._options.name}"
+            found = cluster.find("Deployment", namespace, labels=labels)
+            if cluster.serves("ServiceMonitor") and not cluster.find(
+                "ServiceMonitor", namespace, labels=labels
+            ):
+                return False
         except (Missing, ApiError):
             return False
         there = {one["metadata"]["name"]: one for one in found}
