@@ -55,7 +55,7 @@ EFFECT = {"revision": 7, "effective_ms": 3.21, "sidecars": 3}
 ANSWERS: dict[str, Any] = {
     "GET /v1/signals": [ROW],
     "GET /v1/edges": [
-        {"caller": "service-a", "service": "service-b", "secured": True, "identity": "spiffe://m/a", "rps": 5.0,
+        {"caller": "service-a", "service": "service-b", "secured": True, "identity": "spiffe://m/a", "service_identity": "spiffe://m/b", "rps": 5.0,
          "success_rate": 1.0, "p50_ms": 1.0, "p99_ms": 2.0, "requests": 50, "denied": 0}
     ],
     "GET /v1/access": [{"caller": "service-a", "service": "service-b", "allowed": True, "explicit": False}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ import pytest
 from api_harness import ServedMesh, served_mesh
 from local_harness import read_url
 from prometheus_client.parser import text_string_to_metric_families
-from xds_harness import Answer, until
+from xds_harness import Answer, Load, Proxied, until
 
 from meshdemo.control.client import ControlClient
 from meshdemo.control.model import Traffic
+from meshdemo.errors import BadInput, Failed
 
 WORK = "http://service-b:5000/work"
 
@@ -64,6 +66,61 @@ def metrics(mesh: ServedMesh, name: str) -> dict[tuple[str, ...], float]:
 def by_version(client: ControlClient, window_s: float = 30) -> dict[str, Any]:
     rows = client.signals(by="version", window_s=window_s, service="service-b")
     return {row["version"]: row for row in rows}
+
+
+# -- a split that somebody holds ----------------------------------------------------------------------------
+
+
+def lease(owner: str, lasts_s: float = 1.0, **more: bool) -> dict[str, Any]:
+    return {"owner": owner, "by": "a test", "lasts_s": lasts_s, "fallback": {"v1": 100, "v2": 0}, **more}
+
+
+def split_of(client: ControlClient) -> dict[str, int]:
+    return dict(client.traffic()["service-b"].split)
+
+
+def test_a_split_whose_holder_falls_silent_goes_back_by_itself(
+    mesh: ServedMesh, client: ControlClient
+) -> None:
+    client.set_traffic("service-b", {"timeout_ms": 5000})
+    seq = client.events(-1).seq
+    client.lease_split("service-b", {"v1": 70, "v2": 30}, lease("x", begins=True))
+    ends = time.monotonic() + 2.5
+    while time.monotonic() < ends:  # for longer than it lasts, but renewed
+        assert client.renew_lease("service-b", "x") == {"held": True, "split": {"v1": 70, "v2": 30}}
+        time.sleep(0.1)
+    until(lambda: split_of(client) == {"v1": 100, "v2": 0}, "the split to go back")
+    assert client.traffic()["service-b"].timeout_ms == 5000
+    assert not client.renew_lease("service-b", "x")["held"]
+    event = until(
+        lambda: [e for e in client.events(seq).events if e["event"] == "canary"], "the journal to tell"
+    )[0]
+    assert (event["service"], event["by"]) == ("service-b", "control-plane")
+    assert client.intent().leases == {}
+    # ... also if the control plane was killed meanwhile.
+    client.lease_split("service-b", {"v1": 60, "v2": 40}, lease("y", begins=True))
+    mesh.server.stop(signal.SIGKILL)
+    mesh.server.start()
+    until(lambda: split_of(client) == {"v1": 100, "v2": 0}, "the split to go back after a restart")
+    until(lambda: all(row["acked"] for row in client.status()["instances"]), "the sidecars to be back")
+
+
+def test_a_split_is_held_by_one_and_whoever_else_sets_it_takes_it(client: ControlClient) -> None:
+    client.lease_split("service-b", {"v1": 70, "v2": 30}, lease("x", begins=True))
+    with pytest.raises(BadInput, match="in the hands of a test"):
+        client.lease_split("service-b", {"v1": 60, "v2": 40}, lease("y", begins=True))
+    client.set_traffic("service-b", {"retries": 1})  # is about something else
+    assert client.renew_lease("service-b", "x")["held"]
+    client.set_traffic("service-b", {"split": {"v1": 50, "v2": 50}})
+    assert client.renew_lease("service-b", "x") == {"held": False, "split": {"v1": 50, "v2": 50}}
+    with pytest.raises(Failed, match="not held"):
+        client.lease_split("service-b", {"v1": 0, "v2": 100}, lease("x", ends=True))
+    time.sleep(1.5)  # longer than the lease lasted
+    assert split_of(client) == {"v1": 50, "v2": 50}
+    client.lease_split("service-b", {"v1": 40, "v2": 60}, lease("z", begins=True))
+    client.lease_split("service-b", {"v1": 0, "v2": 100}, lease("z", ends=True))
+    time.sleep(1.5)
+    assert split_of(client) == {"v1": 0, "v2": 100}
 
 
 # -- mirrored requests --------------------------------------------------------------------------------------
@@ -116,3 +173,71 @@ def test_copies_that_hang_are_no_overdue_requests(mesh: ServedMesh, client: Cont
             if sample.version == "v2" and sample.in_flight >= 20:
                 seen += 1
                 assert sample.overdue == 0
+
+
+# -- who is who ---------------------------------------------------------------------------------------------
+
+
+def test_edges_bear_both_identities_and_plain_text_shows_as_such(
+    mesh: ServedMesh, client: ControlClient
+) -> None:
+    assert {answer.status for answer in send(mesh, 5)} == {200}
+
+    def seen() -> Any:
+        edges = {row["caller"]: row for row in client.edges(window_s=10)}
+        known = edges.get("service-a")
+        return edges if known and known["service_identity"] else None
+
+    known = until(seen, "an edge with both identities")["service-a"]
+    assert known["identity"].endswith("/sa/service-a")
+    assert known["service_identity"].endswith("/sa/service-b")
+    assert known["secured"]
+    plain = Proxied(mesh.members["service-b-1"].instance.metrics_port)
+    assert [plain.get(path).status for path in ("/healthz", "/work", "/work")] == [200, 403, 403]
+    plain.close()
+    unknown = until(lambda: {row["caller"]: row for row in client.edges(10)}.get(""), "the plain-text caller")
+    assert (unknown["secured"], unknown["denied"], unknown["requests"]) == (False, 2, 0)
+    assert client.signals(window_s=10, service="service-b")[0]["success_rate"] == 1
+
+
+# -- retries ------------------------------------------------------------------------------------------------
+
+
+def arrived(mesh: ServedMesh) -> float:
+    """Requests that instances of service-b have answered, tries again included."""
+    rows = metrics(mesh, "meshdemo_requests_total")
+    return sum(n for labels, n in rows.items() if labels[0] == "service-b")
+
+
+def test_retries_help_callers_and_their_budget_bounds_what_they_add(
+    mesh: ServedMesh, client: ControlClient
+) -> None:
+    client.set_traffic("service-b", {"retries": 5, "outlier": False})
+    client.add_fault(at="mesh", service="service-b", err_rate=0.8)
+    before, sent = arrived(mesh), 0
+    with Load(mesh.members["service-a-1"], WORK, threads=40, pause_s=0.2) as load:  # some 150 requests/s
+        load.more(600)
+        row = until(
+            lambda: (
+                (row := client.signals(window_s=5, service="service-b")[0])["effective_success_rate"] and row
+            ),
+            "signals",
+        )
+    sent = len(load.answers)
+    assert row["effective_success_rate"] > row["success_rate"] + 0.05
+    time.sleep(2.5)  # for the last reports
+    times = (arrived(mesh) - before) / sent
+    assert 1.2 < times < 2.6, times  # without a budget: 3.7
+
+
+def test_an_instance_that_is_gone_is_tried_around_within_the_budget(
+    mesh: ServedMesh, client: ControlClient
+) -> None:
+    client.set_traffic("service-b", {"retries": 5})
+    with Load(mesh.members["service-a-1"], WORK, threads=30, pause_s=0.15) as load:  # some 200 requests/s
+        for _ in range(3):
+            mesh.members["service-b-1"].upstream.status = 503
+            load.more(150)
+            mesh.members["service-b-1"].upstream.status = 200
+            load.more(100)
+    assert load.failed == []

@@ -162,12 +162,19 @@ def signals(
 
 
 def edges(samples: Iterable[Sample], *, now: float, window_s: float) -> list[EdgeRow]:
-    """Who called whom, as the sidecars of the called saw it; secured: every request came over mutual TLS."""
+    """Who called whom, as the sidecars of the called saw it; secured: every request came over mutual TLS.
+
+    `identity` is the caller's as the called saw it, `service_identity` that of the called as its caller saw
+    it: each side vouches for the other.
+    """
     within = window(samples, now=now, window_s=window_s)
     sums: dict[tuple[str, str], _Sum] = {}
     secured: dict[tuple[str, str], tuple[int, str]] = {}
+    called: dict[tuple[str, str], str] = {}
     for sample in within.samples:
         for cell in sample.cells:
+            if not cell.inbound and cell.identity:
+                called[sample.service, cell.peer] = cell.identity
             if cell.inbound and (cell.requests or cell.denied):
                 key = (cell.peer, sample.service)
                 sums.setdefault(key, _Sum()).add(cell, within.share_within(sample))
@@ -183,6 +190,7 @@ def edges(samples: Iterable[Sample], *, now: float, window_s: float) -> list[Edg
                 "service": key[1],
                 "secured": 0 < signal.requests + signal.denied == secured[key][0],
                 "identity": secured[key][1],
+                "service_identity": called.get(key, ""),
                 "rps": round(signal.rps, 3),
                 "success_rate": signal.success_rate,
                 "p50_ms": _rounded(signal.latency.quantile_ms(0.5)),

@@ -383,6 +383,10 @@ class _AccessBody(_Body):
     allowed: bool
 
 
+class _LeaseBody(_Body):
+    owner: str
+
+
 class _TracesBody(_Body):
     endpoint: str | None
 
@@ -533,10 +537,28 @@ def traffic() -> Response:
 def set_traffic(service: str) -> Response:
     mesh, changes = control(), _object()
     now = mesh.clock()
-    effect = mesh.change(lambda intent, state: intents.set_traffic(intent, state, service, changes, now))
+    lease = changes.pop("lease", None)
+    if lease is None:
+        effect = mesh.change(lambda intent, state: intents.set_traffic(intent, state, service, changes, now))
+    elif isinstance(lease, dict) and set(changes) == {"split"}:
+        split = changes["split"]
+        effect = mesh.change(
+            lambda intent, state: intents.lease_split(intent, state, service, split, lease, now)
+        )
+    else:
+        raise BadInput("a lease is about the split alone", 'such as {"split": {...}, "lease": {...}}')
     rules = mesh.intent.traffic.get(service, Traffic())
     mesh.record({"event": "traffic", "service": service, "changes": changes})
     return jsonify({"traffic": rules.model_dump(mode="json"), **_effect(effect)})
+
+
+@api.post("/v1/traffic/<service>/lease")
+def renew_lease(service: str) -> Response:
+    """Go on holding the split; `held` says whether it still is."""
+    mesh, asked = control(), _body(_LeaseBody)
+    held = mesh.run(mesh.plane.renew_lease(service, asked.owner))
+    rules = mesh.intent.traffic.get(service, Traffic())
+    return jsonify({"held": held, "split": rules.split})
 
 
 @api.put("/v1/traces")

@@ -87,13 +87,21 @@ class EdgeRow(TypedDict):
     caller: str
     service: str
     secured: bool
-    identity: str
+    identity: str  # of the caller, as the called saw it
+    service_identity: str  # of the called, as its caller saw it
     rps: float
     success_rate: float | None
     p50_ms: float | None
     p99_ms: float | None
     requests: int
     denied: int
+
+
+class LeaseRow(TypedDict):
+    """Is the split of a service still held by whoever asked, and what is it."""
+
+    held: bool
+    split: dict[str, int]
 
 
 class AccessRow(TypedDict):
@@ -294,6 +302,20 @@ class ControlClient:
         return TrafficResult(
             Traffic.model_validate(answer["traffic"]), Effect.model_validate(answer["effect"])
         )
+
+    def lease_split(self, service: str, split: Mapping[str, int], lease: Mapping[str, Any]) -> TrafficResult:
+        """Set the split of a service that one holds, or begins to (`control.intent.lease_split`).
+
+        Raises BadInput if somebody else holds it, Failed if it is not held any more.
+        """
+        return self.set_traffic(service, {"split": dict(split), "lease": dict(lease)})
+
+    def renew_lease(self, service: str, owner: str) -> LeaseRow:
+        """Go on holding the split of a service."""
+        row: LeaseRow = self._call(
+            "POST", f"/v1/traffic/{quote(service, safe='')}/lease", body={"owner": owner}, retry=False
+        )
+        return row
 
     def access(self) -> list[AccessRow]:
         """Who may call whom, every pair of services that an app file or a command speaks of."""

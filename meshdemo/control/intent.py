@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from meshdemo.apps.model import GATEWAY, Service
 from meshdemo.control import gateway
 from meshdemo.control.files import write_atomically
-from meshdemo.control.model import Ejection, Fault, Instance, Intent, MeshState, Traffic
+from meshdemo.control.model import Ejection, Fault, Instance, Intent, MeshState, SplitLease, Traffic
 from meshdemo.errors import BadInput, Failed
 
 MAX_LATENCY_MS = 3_600_000.0
@@ -160,12 +160,65 @@ def set_traffic(
         checked[key] = _traffic_field(mesh, service, definition, key, value)
     before = intent.traffic.get(service, Traffic())
     after = before.model_copy(update=checked)
-    if after == before:
+    if after == before and not ("split" in checked and service in intent.leases):
         return intent
     traffic = {name: rules for name, rules in intent.traffic.items() if name != service}
     if after.model_copy(update={"since": None}) != Traffic():
         traffic[service] = after.model_copy(update={"since": now})
-    return _next(intent, traffic=traffic)
+    leases = intent.leases
+    if "split" in checked and service in leases:  # whoever held the split does not any more
+        leases = {name: lease for name, lease in leases.items() if name != service}
+    return _next(intent, traffic=traffic, leases=leases)
+
+
+def lease_split(
+    intent: Intent,
+    mesh: MeshState,
+    service: str,
+    split: Mapping[str, int],
+    lease: Mapping[str, Any],
+    now: float,
+) -> Intent:
+    """The intent with the split of a service set by whoever holds it, or begins to.
+
+    Args:
+        lease: the fields of `SplitLease`; besides `begins`: the first shift, otherwise the split must be held
+            already; and `ends`: this shift is the last one.
+
+    Raises:
+        BadInput: a value that makes no sense, or somebody else holds the split.
+        Failed: it is not held any more: somebody else has set it, or it was given back.
+    """
+    fields = {key: value for key, value in lease.items() if key not in ("begins", "ends")}
+    try:
+        wanted = SplitLease.model_validate(fields)
+    except ValidationError as error:
+        raise BadInput(f"the lease makes no sense: {_words(error)}") from error
+    _split(mesh, service, wanted.fallback)
+    held = intent.leases.get(service)
+    if held is not None and held.owner != wanted.owner and lease.get("begins"):
+        raise BadInput(
+            f"the split of {service} is in the hands of {held.by}",
+            "wait for it to end, or end it: meshdemo traffic set SERVICE --split ...",
+        )
+    if not lease.get("begins") and (held is None or held.owner != wanted.owner):
+        raise Failed(f"the split of {service} is not held by {wanted.by} any more")
+    after = set_traffic(intent, mesh, service, {"split": split}, now)
+    leases = {name: other for name, other in after.leases.items() if name != service}
+    if not lease.get("ends"):
+        leases[service] = wanted
+    return _next(after, leases=leases)
+
+
+def expire_leases(intent: Intent, services: Collection[str], now: float) -> Intent:
+    """The intent with the splits of these services back at what their leases say, and without those."""
+    for service in services:
+        lease = intent.leases[service]
+        rules = intent.traffic.get(service, Traffic())
+        back = rules.model_copy(update={"split": dict(lease.fallback), "since": now})
+        left = {name: other for name, other in intent.leases.items() if name != service}
+        intent = _next(intent, traffic={**intent.traffic, service: back}, leases=left)
+    return intent
 
 
 def _traffic_field(mesh: MeshState, service: str, definition: Service, key: str, value: Any) -> Any:

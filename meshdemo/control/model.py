@@ -109,6 +109,20 @@ class Traffic(_Value):
     since: float | None = Field(default=None, description="when it came into force")
 
 
+class SplitLease(_Value):
+    """The split of a service belongs to somebody who is at work on it (a canary), for as long as they say so.
+
+    The control plane gives the traffic back to `fallback` when it has not heard of them for `lasts_s`:
+    whoever was killed cannot. Whoever else sets the split ends the lease. Renewing it changes no intent;
+    after a restart of the control plane the time runs anew.
+    """
+
+    owner: str = Field(description="made up by whoever holds it")
+    by: str = Field(description="what it is for, in words")
+    lasts_s: float = Field(gt=0, le=60)
+    fallback: dict[str, int] = Field(description="version -> weight, sums to 100")
+
+
 class Ejection(_Value):
     """An instance that is kept out of load balancing on purpose."""
 
@@ -127,6 +141,7 @@ class Intent(_Value):
     access: dict[str, bool] = Field(
         default_factory=dict, description="'caller>service' -> allowed; absent: what the app file says"
     )
+    leases: dict[str, SplitLease] = Field(default_factory=dict, description="by service")
     ejections: tuple[Ejection, ...] = ()
     load_rps: float | None = Field(
         default=None, description="requests/s of each instance that makes load; None: what it starts with"

@@ -27,8 +27,8 @@ from google.protobuf.json_format import ParseError
 from meshdemo.control import xds
 from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Nack, Outcome
 from meshdemo.control.identity import Authenticator, Authority, Certificate, TokenHashes, bearer, spiffe_id
-from meshdemo.control.intent import Intents, IntentStore, expire_faults, forget_gone
-from meshdemo.control.model import Effect, Instance, Intent, MeshState
+from meshdemo.control.intent import Intents, IntentStore, expire_faults, expire_leases, forget_gone
+from meshdemo.control.model import Effect, Instance, Intent, MeshState, SplitLease
 from meshdemo.control.render import Renderer, real_share
 from meshdemo.errors import Failed
 from meshdemo.resources import TEMPLATES
@@ -107,6 +107,7 @@ class ControlPlane:
         self._changing = asyncio.Lock()
         self._intent_changed = asyncio.Event()
         self._timers: list[asyncio.Task[None]] = []
+        self._lease_ends: dict[str, tuple[str, float]] = {}  # service -> owner, on the monotonic clock
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -115,6 +116,7 @@ class ControlPlane:
         _expect_many_sidecars()
         self._timers = [
             asyncio.create_task(self._expire_faults()),
+            asyncio.create_task(self._expire_leases()),
             asyncio.create_task(self._renew_certificates()),
         ]
         if self._authority.replacing_root:
@@ -373,6 +375,64 @@ class ControlPlane:
                         "fault": fault.id,
                         "service": fault.service,
                         "effective_ms": effect.effective_ms,
+                    }
+                )
+
+    async def renew_lease(self, service: str, owner: str) -> bool:
+        """Go on holding the split of a service; False: it is not theirs any more."""
+        lease = self._intent.leases.get(service)
+        if lease is None or lease.owner != owner:
+            return False
+        self._lease_ends[service] = (owner, time.monotonic() + lease.lasts_s)
+        return True
+
+    def _leases_over(self) -> tuple[list[str], float | None]:
+        """The services whose leases are over, and the seconds until the next may be."""
+        now, over, waits = time.monotonic(), [], []
+        ends: dict[str, tuple[str, float]] = {}
+        for service, lease in self._intent.leases.items():
+            owner, end = self._lease_ends.get(service, ("", 0.0))
+            if owner != lease.owner:
+                end = now + lease.lasts_s
+            ends[service] = (lease.owner, end)
+            if end <= now:
+                over.append(service)
+            else:
+                waits.append(end - now)
+        self._lease_ends = ends
+        return over, min(waits, default=None)
+
+    async def _expire_leases(self) -> None:
+        """Give traffic back that somebody was shifting of whom nothing is heard any more."""
+        while True:
+            over, wait_s = self._leases_over()
+            if not over:
+                # Looked at twice a second while there is any; a change of the intent is seen so, too.
+                await asyncio.sleep(min(wait_s or 0.5, 0.5))
+                continue
+            before = self._intent
+            leases = {service: before.leases[service] for service in over}
+
+            def expire(intent: Intent, _: MeshState, leases: Mapping[str, SplitLease] = leases) -> Intent:
+                still = [name for name, lease in leases.items() if intent.leases.get(name) == lease]
+                return expire_leases(intent, still, self._clock())
+
+            try:
+                effect = await self.change(expire)
+            except Failed as error:
+                log.error("a split that nobody holds any more could not be set back: %s", error)
+                await asyncio.sleep(1)
+                continue
+            for service, lease in leases.items():
+                self._journal(
+                    {
+                        "event": "canary",
+                        "by": "control-plane",
+                        "what": "interrupted",
+                        "service": service,
+                        "split": lease.fallback,
+                        "effective_ms": effect.effective_ms,
+                        "text": f"nothing is heard of {lease.by} any more; the split that it began is undone",
                     }
                 )
 

@@ -729,6 +729,7 @@ def _limits(traffic: Traffic) -> Traffic:
         max_pending=traffic.max_pending,
         max_requests=traffic.max_requests,
         outlier=traffic.outlier,
+        retries=1 if traffic.retries else None,  # its budget; the number stands in the routes
     )
 
 

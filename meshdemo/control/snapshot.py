@@ -165,6 +165,7 @@ def _edges(mesh: MeshState, samples: Sequence[Sample], now: float) -> list[dict[
             "service": edge["service"],
             "secured": edge["secured"],
             "identity": edge["identity"],
+            "service_identity": edge["service_identity"],
             "rps": _rate(edge["rps"]),
             "success_rate": _share(edge["success_rate"]),
             "p50_ms": _ms(edge["p50_ms"]),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,8 @@ from meshdemo.remediation.policy import Policy
 from meshdemo.runtime.base import Runtime
 
 _POLL_S = 0.2
-_LOOK_S = 1.0  # how often it is seen whether somebody else has changed the split
+_RENEW_S = 0.5
+_LEASE_S = 4.0  # after so long without a word of the canary, the control plane takes it back
 _AWAY_S = 10.0  # without signals for so long the canary is taken back
 _RESTORE_S = 10.0
 
@@ -54,7 +54,8 @@ def check_steps(steps: Sequence[int]) -> None:
 
 class CanaryRun:
     """Runs one canary. Used as a context: whatever ends it, the stable version has all traffic again,
-    unless the canary was promoted.
+    unless the canary was promoted. Should it be killed, the control plane sees to that, for the split is only
+    lent to it (`control.model.SplitLease`).
 
     Args:
         tell: is told what happens, in words.
@@ -79,9 +80,10 @@ class CanaryRun:
         self._stable = self._stable_split()
         objectives = policy.objectives_of(service)
         self._canary = Canary(objectives, version, steps, hold_s)
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._set: dict[str, int] = {}
+        self._owner = secrets.token_hex(8)
         self._mine = False  # the split is ours to take back
+        self._taken: Mapping[str, int] | None = None  # what it is since it is not ours any more
+        self._ended = threading.Event()
 
     def _stable_split(self) -> dict[str, int]:
         """The weights of the versions that have the traffic now, without the new one."""
@@ -123,35 +125,37 @@ class CanaryRun:
     # -- as a context -------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        split = json.dumps({**self._stable, self._version: 0})
-        self._guard = subprocess.Popen(
-            [
-                sys.executable, "-P", "-m", "meshdemo.remediation.canary_guard",
-                self._runtime.name, self._service, split,
-            ],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            # Ctrl-C and a closed terminal must not reach it.
-            start_new_session=True,
-        )  # fmt: skip
+        threading.Thread(target=self._hold, name="lease", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        restored = True
         if self._mine:
-            try:
+            # If that does not succeed, the control plane does it when the lease is over.
+            with suppress(MeshdemoError, OSError):
                 self._restore()
                 self._journal("interrupted", f"the canary of {self._version} was interrupted")
-            except (MeshdemoError, OSError):
-                restored = False  # then the guard goes on trying
-        if self._guard is not None and self._guard.stdin is not None:
-            with suppress(OSError):
-                if restored:
-                    self._guard.stdin.write(b"done\n")
-                self._guard.stdin.close()
-            if restored:
-                self._guard.wait()
+        self._ended.set()
+
+    def _hold(self) -> None:
+        """Renew the lease until the canary has ended. A thread of its own: whatever the canary waits for."""
+        while not self._ended.wait(_RENEW_S):
+            if not self._mine:
+                continue
+            with suppress(MeshdemoError, OSError):
+                answer = self._client.renew_lease(self._service, self._owner)
+                if not answer["held"]:
+                    self._taken = answer["split"]
+
+    def _lease(self, **more: bool) -> dict[str, Any]:
+        return {
+            "owner": self._owner,
+            "by": f"the canary of {self._version}",
+            "lasts_s": _LEASE_S,
+            "fallback": {**self._stable, self._version: 0},
+            **more,
+        }
 
     # -- running ------------------------------------------------------------------------------------------
 
@@ -160,21 +164,23 @@ class CanaryRun:
         batch = self._client.samples(-1)
         seq, heard = batch.seq, time.monotonic()
         decision = self._canary.begin()
-        looked = heard
         while True:
             if decision.kind == "shift":
                 self._report(decision)
-                self._shift(decision.weight)
+                try:
+                    self._shift(decision.weight)
+                except Failed:
+                    if self._canary.weight and self._lost():
+                        return self._leave()
+                    raise
                 self._canary.in_force(decision.weight, self._now(batch.now, heard))
             elif decision.kind != "hold":
                 return self._end(decision)
             try:
                 batch = self._client.samples(seq, wait_s=_POLL_S)
                 seq, heard = batch.seq, time.monotonic()
-                if heard - looked > _LOOK_S:
-                    looked = heard
-                    if (other := self._foreign_split()) is not None:
-                        return self._leave(other)
+                if self._taken is not None:
+                    return self._leave()
             except (MeshdemoError, OSError) as error:
                 if time.monotonic() - heard > _AWAY_S:
                     raise Failed(
@@ -197,50 +203,67 @@ class CanaryRun:
         return now + time.monotonic() - heard
 
     def _shift(self, weight: int) -> None:
-        self._mine = True
-        others = shares(self._stable, 100 - weight)
-        self._set = {**others, self._version: weight}
-        effect = self._client.set_traffic(self._service, {"split": self._set}).effect
+        begins, self._mine = not self._mine, True
+        split = {**shares(self._stable, 100 - weight), self._version: weight}
+        try:
+            effect = self._client.lease_split(self._service, split, self._lease(begins=begins)).effect
+        except BadInput:
+            self._mine = False  # somebody else holds it
+            raise
         self._tell(
             f"{self._version} gets {weight}% of the traffic of {self._service} "
             f"(in force on {effect.sidecars} sidecars after {effect.effective_ms:.0f} ms)"
         )
         self._journal("shifted", f"{self._version} of {self._service} gets {weight}%", weight=weight)
 
-    def _restore(self) -> float:
-        """Give the stable version all traffic; seconds that it took."""
+    def _restore(self) -> float | None:
+        """Give the stable version all traffic; seconds that it took, None if it was not ours to give."""
+        return self._end_with({**self._stable, self._version: 0})
+
+    def _end_with(self, split: Mapping[str, int]) -> float | None:
+        """Set the last split and let go of it; seconds that it took, None if it is not ours any more."""
         began = time.monotonic()
         give_up = began + _RESTORE_S
         while True:
             try:
-                self._client.set_traffic(self._service, {"split": {**self._stable, self._version: 0}})
+                self._client.lease_split(self._service, split, self._lease(ends=True))
                 self._mine = False
                 return time.monotonic() - began
             except (MeshdemoError, OSError):
+                if self._lost():
+                    self._mine = False
+                    return None
                 if time.monotonic() > give_up:
                     raise
                 time.sleep(_POLL_S)
 
-    def _foreign_split(self) -> dict[str, int] | None:
-        """The split, if it is not the one that we have set."""
-        rules = self._client.traffic().get(self._service)
-        split = dict(rules.split) if rules else {}
-        return None if split == self._set else split
+    def _lost(self) -> bool:
+        """Is the split certainly not ours any more?"""
+        try:
+            answer = self._client.renew_lease(self._service, self._owner)
+        except (MeshdemoError, OSError):
+            return False
+        if not answer["held"]:
+            self._taken = answer["split"]
+        return not answer["held"]
 
-    def _leave(self, other: Mapping[str, int]) -> CanaryOutcome:
-        """Somebody else has taken over the split: it is not ours any more."""
+    def _leave(self) -> CanaryOutcome:
+        """Somebody else has taken over the split, or it was given back: it is not ours any more."""
         self._mine = False
-        words = ", ".join(f"{name}={weight}" for name, weight in other.items()) or "none"
+        words = ", ".join(f"{name}={weight}" for name, weight in (self._taken or {}).items()) or "none"
         return self._outcome(
             False, f"the split was changed by somebody else (now: {words}), and is left as it is"
         )
 
     def _end(self, decision: Decision) -> CanaryOutcome:
         if decision.kind == "promoted":
-            self._mine = False
+            last = {**shares(self._stable, 100 - decision.weight), self._version: decision.weight}
+            if self._end_with(last) is None:
+                return self._leave()
             self._report(decision)
             return self._outcome(True, decision.reason)
-        back_s = self._restore()
+        if (back_s := self._restore()) is None:
+            return self._leave()
         self._report(decision)
         return self._outcome(False, decision.reason, back_s)
 

@@ -84,13 +84,14 @@ def _note(row: SignalRow) -> Text:
 
 def edges(rows: Sequence[EdgeRow]) -> Table:
     """`edges`: who calls whom."""
-    table = plain("CALLER", "SERVICE", "SECURED", ">RPS", ">SUCCESS", ">P50", ">P99", ">DENIED", "IDENTITY")
+    table = plain("CALLER", "SERVICE", "SECURED", ">RPS", ">SUCCESS", ">P50", ">P99", ">DENIED", "IDENTITIES")
     for row in rows:
         secured = Text("✓ mTLS", "green") if row["secured"] else Text("✗ no", "red")
         table.add_row(
             row["caller"] or "(unknown)", row["service"], secured, fmt.rate(row["rps"]),
             share(row["success_rate"]), fmt.latency(row["p50_ms"]), fmt.latency(row["p99_ms"]),
-            str(row["denied"] or fmt.NOTHING), row["identity"] or fmt.NOTHING,
+            str(row["denied"] or fmt.NOTHING),
+            f"{row['identity'] or fmt.NOTHING} → {row['service_identity'] or fmt.NOTHING}",
         )  # fmt: skip
     return table
 

@@ -25,7 +25,7 @@ const routes = new Table(by("routes"), (r) => r.route, [
 const edges = new Table(by("edges"), (e) => `${e.caller}>${e.service}`, [
   (e) => e.caller || "(unknown)", (e) => e.service,
   (e) => !(e.requests || e.denied) ? "–" : e.secured ? { text: "✓ mutual TLS", class: "ok" } : { text: "✗ plain text", class: "bad" },
-  (e) => e.identity || "–", (e) => number(rate(e.rps)), success, (e) => number(e.denied ? String(e.denied) : "–"),
+  (e) => `${e.identity || "–"} → ${e.service_identity || "–"}`, (e) => number(rate(e.rps)), success, (e) => number(e.denied ? String(e.denied) : "–"),
 ], "Nobody calls anybody.");
 const incidents = new Table(by("incidents"), (e) => String(e.seq), [
   (e) => clock(e.time), eventName, (e) => e.target || e.instance || e.service || "", (e) => ({ text: eventText(e), class: "wide" }),
