@@ -394,7 +394,8 @@ def test_metrics_in_prometheus_form(mesh: ServedMesh, client: ControlClient) -> 
     )
     assert of_b("meshdemo_remedies", "_total", remedy="restart") == 1
     states = {s.labels["state"]: s.value for s in family("meshdemo_sidecars")}
-    assert (states["expected"], states["connected"]) == (3, 3)
+    assert (sum(states.values()), states["disconnected"]) == (3, 0)
+    assert sum(s.value for s in family("meshdemo_instances")) == 3, "each instance has one state"
 
 
 def test_a_silent_sidecar_is_seen_as_silent(mesh: ServedMesh, client: ControlClient) -> None:

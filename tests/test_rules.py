@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import shutil
@@ -68,14 +69,22 @@ def test_rules_of_the_default_policy_are_sound(promtool: str, tmp_path: Path) ->
     check(promtool, tmp_path, rules.render(load(DEFAULT_POLICY)))
 
 
-@given(st.floats(0.0001, 0.99), st.floats(60, 30 * 86_400))
-def test_burn_rates_can_be_reached_and_windows_told_apart(allowed: float, period_s: float) -> None:
-    found = rules.burns(allowed, period_s)
+@given(st.floats(0.0001, 0.99), st.floats(60, 30 * 86_400), st.floats(1, 60))
+def test_what_is_spent_when_an_alert_fires_is_what_the_workbook_allows(
+    allowed: float, period_s: float, scrape_s: float
+) -> None:
+    found = rules.burns(allowed, period_s, scrape_s)
     assert found[0].severity == "page"
-    assert len(found) == 1 or all(burn.factor * allowed < 0.9 for burn in found)
-    assert all(burn.short_s < burn.long_s for burn in found)
+    assert len(found) == 1 or all(burn.factor * allowed < 0.9 for burn in found[:-1])
     assert all(a.long_s < b.long_s and a.factor > b.factor for a, b in itertools.pairwise(found))
-    assert all(burn.short_s >= 20 for burn in found)
+    wanted = {14.4: 0.02, 6: 0.05, 3: 0.1, 1: 0.1}
+    for burn in found:
+        assert burn.spent == pytest.approx(burn.factor * burn.long_s / period_s)
+        stretched = len(found) == 1 and burn.long_s == math.ceil(6 * scrape_s)
+        if not stretched:
+            assert burn.spent == pytest.approx(wanted[burn.factor], rel=0.1)
+        assert 2 * scrape_s <= burn.short_s < burn.long_s
+        assert burn.long_s >= 6 * scrape_s or burn.factor == 1
 
 
 def test_thirty_days_have_the_windows_of_the_workbook() -> None:
@@ -86,6 +95,18 @@ def test_thirty_days_have_the_windows_of_the_workbook() -> None:
         (3, 86_400, 7200, "ticket"),
         (1, 259_200, 21_600, "ticket"),
     ]
+
+
+def test_an_hour_has_what_can_be_measured() -> None:
+    found = rules.burns(0.01, 3600)
+    assert [(b.factor, b.long_s, b.short_s, b.severity, round(b.spent, 3)) for b in found] == [
+        (6, 30, 20, "page", 0.05),
+        (3, 120, 20, "ticket", 0.1),
+        (1, 360, 30, "ticket", 0.1),
+    ]
+    # Scraped twice a minute, the short windows have to be longer, and only the slow ones are left.
+    assert [(b.factor, b.long_s, b.short_s) for b in rules.burns(0.01, 3600, 30)] == [(1, 360, 120)]
+    assert "[20s]" not in rules.render(policy(success="99%"), 30)
 
 
 @pytest.mark.parametrize("threshold_ms", [0.5, 1, 250, 300, 305, 440, 750, 1000, 20_000, 60_000])
@@ -220,7 +241,8 @@ def test_slow_requests_burn_the_budget_of_latency(promtool: str, tmp_path: Path)
     ]
     fires(
         promtool, tmp_path, wanted, data, {"5m": [PAGE, TICKET]},
-        {"max(service:meshdemo_objective_bad:ratio_rate1m)": [("5m", 0.8)]},
+        {"max(service:meshdemo_objective_bad:ratio_rate30s)": [("5m", 0.8)],
+         "max(service:meshdemo_objective_burn:ratio_rate)": [("5m", 16)]},
     )  # fmt: skip
 
 
@@ -238,7 +260,7 @@ def test_missing_instances_are_paged_about(promtool: str, tmp_path: Path) -> Non
     def instances(state: str, values: str) -> dict[str, str]:
         return series("meshdemo_instances", f'service="b", version="v1", state="{state}"', values)
 
-    data = [instances("expected", "3x100"), instances("ready", "3x20 2x40 3x40")]
+    data = [instances("not_ready", "0x20 1x40 0x40"), instances("ready", "3x20 2x40 3x40")]
     fires(
         promtool, tmp_path, policy(in_service="100%"), data,
         {"1m": [], "1m45s": [], "2m10s": [PAGE], "5m30s": []},

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from meshdemo.cli import _context
+from meshdemo.cli import _context, _values
 from meshdemo.errors import Failed
 
 app = typer.Typer(no_args_is_help=True, help="Print what would be applied or pushed, and touch nothing.")
@@ -73,7 +73,16 @@ _Out = Annotated[
 
 
 @app.command()
-def prometheus(ctx: typer.Context, app: _App = None, policy: _Policy = None, out: _Out = None) -> None:
+def prometheus(
+    ctx: typer.Context,
+    app: _App = None,
+    policy: _Policy = None,
+    out: _Out = None,
+    scrape: Annotated[
+        str,
+        typer.Option("--scrape", metavar="DURATION", help="How often yours scrapes; bounds the windows."),
+    ] = "5s",
+) -> None:
     """Prometheus' configuration, and the recording and alert rules of a policy's objectives."""
     from meshdemo.errors import MeshdemoError
     from meshdemo.remediation import policy as policies
@@ -97,11 +106,12 @@ def prometheus(ctx: typer.Context, app: _App = None, policy: _Policy = None, out
         control_plane=control_plane,
         credentials=paths.control / "api-token",
     )
+    objectives = policies.load(policy or DEFAULT_POLICY).of_app(name)
     _give(
         context,
         {
             "prometheus.yml": config + "\n",
-            local.RULES: rules.render(policies.load(policy or DEFAULT_POLICY).of_app(name)) + "\n",
+            local.RULES: rules.render(objectives, _values.duration_s(scrape, "--scrape")) + "\n",
         },
         out,
     )

@@ -8,7 +8,7 @@ https://prometheus.io/docs/practices/naming/. All start at zero when the control
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +197,22 @@ def _sum_s(by_index: Mapping[int, int]) -> float:
     return sum(middle_ms(index) * n for index, n in by_index.items()) / 1000
 
 
+SIDECAR_STATES = ("current", "outdated", "disconnected")
+INSTANCE_STATES = ("ready", "ejected", "not_ready")
+
+
+def _sidecar_state(row: InstanceRow) -> str:
+    if not row["connected"]:
+        return "disconnected"
+    return "current" if row["acked"] else "outdated"
+
+
+def _instance_state(row: InstanceRow) -> str:
+    if row["ejected"]:
+        return "ejected"
+    return "ready" if row["ready"] else "not_ready"
+
+
 def page(
     totals: Totals, instances: Collection[InstanceRow], *, revision: int, faults: int, trouble: bool
 ) -> bytes:
@@ -208,31 +224,32 @@ def page(
     class Now(Collector):
         def collect(self) -> Iterator[Metric]:
             yield from totals.families()
-            sidecars = GaugeMetricFamily("meshdemo_sidecars", "Sidecars by what they are.", labels=("state",))
-            for state, n in (
-                ("connected", sum(row["connected"] for row in instances)),
-                ("acked", sum(row["acked"] for row in instances)),
-                ("silent", sum(row["silent"] for row in instances)),
-                ("ejected", sum(row["ejected"] for row in instances)),
-                ("expected", len(instances)),
-            ):
-                sidecars.add_metric((state,), n)
+            # Each sidecar and each instance has one state, so that the sum over them is how many there are.
+            sidecars = GaugeMetricFamily(
+                "meshdemo_sidecars", "Sidecars by how their configuration stands.", labels=("state",)
+            )
+            held = Counter(_sidecar_state(row) for row in instances)
+            for state in SIDECAR_STATES:
+                sidecars.add_metric((state,), held[state])
             yield sidecars
             there = GaugeMetricFamily(
-                "meshdemo_instances", "Instances by what they are.", labels=("service", "version", "state")
+                "meshdemo_instances",
+                "Instances by whether they take traffic.",
+                labels=("service", "version", "state"),
             )
-            workloads = dict.fromkeys((row["service"], row["version"]) for row in instances)
-            for service, version in workloads:
-                rows = [row for row in instances if (row["service"], row["version"]) == (service, version)]
-                in_service = [row for row in rows if row["ready"] and not row["ejected"]]
-                for state, count in (
-                    ("expected", len(rows)),
-                    ("ready", len(in_service)),
-                    ("ejected", sum(row["ejected"] for row in rows)),
-                    ("silent", sum(row["silent"] for row in rows)),
-                ):
-                    there.add_metric((service, version, state), count)
+            silent = GaugeMetricFamily(
+                "meshdemo_instances_silent",
+                "Instances, in whatever state, whose sidecars have reported nothing lately.",
+                labels=("service", "version"),
+            )
+            counted = Counter((row["service"], row["version"], _instance_state(row)) for row in instances)
+            quiet = Counter((row["service"], row["version"]) for row in instances if row["silent"])
+            for workload in dict.fromkeys((row["service"], row["version"]) for row in instances):
+                for state in INSTANCE_STATES:
+                    there.add_metric((*workload, state), counted[*workload, state])
+                silent.add_metric(workload, quiet[workload])
             yield there
+            yield silent
             yield GaugeMetricFamily("meshdemo_intent_revision", "Revision of the intent.", value=revision)
             yield GaugeMetricFamily("meshdemo_faults", "Faults in force.", value=faults)
             yield GaugeMetricFamily(

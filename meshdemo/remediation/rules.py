@@ -4,9 +4,13 @@ An alert fires when a service burns its error budget too fast, over a long windo
 short one (it still goes on): multi-window, multi-burn-rate alerts, "Alerting on SLOs", chapter 5 of
 https://sre.google/workbook/alerting-on-slos/. A burn rate of 1 spends the budget exactly in its period.
 
-The workbook's windows are for a period of 30 days; for another one they are scaled, and never made shorter
-than a few scrapes. A burn rate that the objective does not leave room for is left out: where 25 % may be bad,
-nothing can burn more than four times too fast.
+The workbook's long windows follow from how much of the budget may be spent before somebody is told: 2 % and
+5 % for a page, 10 % for a ticket, since factor x window / period is the share spent. So they are for any
+period. Left out are burn rates that nobody could measure, for their long window holds fewer than six scrapes
+(of the 1 h that policies have unless they say otherwise, 2 % are gone in 5 s at 14.4 times too fast), and
+those that the objective leaves no room for: where 25 % may be bad, nothing can burn more than four times too
+fast. The fastest that is left pages. Short windows are a twelfth of the long ones, and never less than four
+scrapes, which is what a rate needs to survive one that is missed.
 
 Objectives about latency count what is above the very bucket bound that watch judges them by.
 """
@@ -26,47 +30,53 @@ from meshdemo.control.signals import effective_bound_ms
 from meshdemo.remediation.policy import Objective, Policy
 from meshdemo.resources import TEMPLATES
 
-_PERIOD_S = 30 * 86_400  # of the workbook
-# Burn rate, long and short window in seconds of that period, and what becomes of the alert.
-_BURNS: tuple[tuple[float, int, int, str], ...] = (
-    (14.4, 3600, 300, "page"),
-    (6.0, 6 * 3600, 1800, "page"),
-    (3.0, 86_400, 7200, "ticket"),
-    (1.0, 3 * 86_400, 6 * 3600, "ticket"),
+# Burn rate, share of the budget that it may spend before it is told, and what becomes of the alert.
+_BURNS: tuple[tuple[float, float, str], ...] = (
+    (14.4, 0.02, "page"),
+    (6.0, 0.05, "page"),
+    (3.0, 0.10, "ticket"),
+    (1.0, 0.10, "ticket"),
 )
-_SHORTEST_LONG_S, _SHORTEST_SHORT_S = 60, 20  # at least four scrapes of a local mesh
+_SHORT = 1 / 12  # of the long window
+_LEAST_LONG, _LEAST_SHORT = 6, 4  # scrapes
+_REACHABLE = 0.9  # a burn rate that needs a larger share of bad events than this is out of reach
+SCRAPE_S = 5  # as templates/prometheus and templates/kubernetes have it
 _INTERVAL_S = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Burn:
-    """How fast is too fast, over which windows (seconds)."""
+    """How fast is too fast, over which windows (seconds); `spent`: share of the budget gone by then, 0..1."""
 
     factor: float
     long_s: int
     short_s: int
     severity: str
+    spent: float
 
 
-def burns(allowed: float, period_s: float) -> list[Burn]:
-    """The alerts of an objective that allows this share of bad events in this period.
-
-    Windows of two alerts that are too short to be told apart are kept apart by doubling the slower one's.
-    """
+def burns(allowed: float, period_s: float, scrape_s: float = SCRAPE_S) -> list[Burn]:
+    """The alerts of an objective that allows this share of bad events in this period, fastest first."""
+    least_long, least_short = math.ceil(_LEAST_LONG * scrape_s), math.ceil(_LEAST_SHORT * scrape_s)
     found: list[Burn] = []
-    scale = period_s / _PERIOD_S
-    reachable = [burn for burn in _BURNS if burn[0] * allowed < 0.9] or [_BURNS[-1]]
-    for factor, long_s, short_s, severity in reachable:
-        longest = found[-1].long_s * 2 if found else _SHORTEST_LONG_S
-        long = max(round(long_s * scale), longest)
-        short = min(long // 2, max(round(short_s * scale), _SHORTEST_SHORT_S))
-        # The fastest that can be reached is the one that somebody must see at once.
-        found.append(Burn(factor, long, short, severity if found else "page"))
+    for factor, spent, severity in _BURNS:
+        long = round(spent * period_s / factor)
+        last = factor == _BURNS[-1][0]
+        if last and not found:
+            long = max(long, least_long)  # a period so short that even this one is stretched
+        if last or (long >= least_long and factor * allowed < _REACHABLE):
+            short = min(max(round(long * _SHORT), least_short), long - 1)
+            share = factor * long / period_s
+            found.append(Burn(factor, long, short, severity if found else "page", share))
     return found
 
 
-def render(policy: Policy) -> str:
-    """The rules of a policy, as a Prometheus rule file."""
+def render(policy: Policy, scrape_s: float = SCRAPE_S) -> str:
+    """The rules of a policy, as a Prometheus rule file.
+
+    Args:
+        scrape_s: how often Prometheus scrapes the control plane; it bounds the windows from below.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES / "prometheus"),
         undefined=jinja2.StrictUndefined,
@@ -76,13 +86,13 @@ def render(policy: Policy) -> str:
     instances = [objective for objective in policy.objectives if objective.in_service is not None]
     return environment.get_template("rules.yml.j2").render(
         interval=_duration(_INTERVAL_S),
-        objectives=[_about_requests(objective) for objective in requests],
+        objectives=[_about_requests(objective, scrape_s) for objective in requests],
         in_service=[_about_instances(objective) for objective in instances],
     )
 
 
-def _about_requests(objective: Objective) -> dict[str, object]:
-    alerts = burns(objective.allowed, objective.budget)
+def _about_requests(objective: Objective, scrape_s: float) -> dict[str, object]:
+    alerts = burns(objective.allowed, objective.budget, scrape_s)
     windows = sorted({window for burn in alerts for window in (burn.long_s, burn.short_s)})
     label = f'objective="{objective.name}"'
     bad = partial(_bad_share, objective)
@@ -98,8 +108,10 @@ def _about_requests(objective: Objective) -> dict[str, object]:
         "windows": [_duration(window) for window in windows],
         "bad": bad,
         "budget_left": f"1 - {bad(_duration(objective.budget))} / {objective.allowed:.6g}",
+        "burn": f"{bad(_duration(alerts[0].long_s))} / {objective.allowed:.6g}",
         "alerts": [
             {
+                "spent": f"{burn.spent * 100:.3g} %",
                 "factor": f"{burn.factor:g}",
                 "severity": burn.severity,
                 "long": _duration(burn.long_s),
@@ -131,10 +143,8 @@ def _bad_share(objective: Objective, window: str) -> str:
 
 def _about_instances(objective: Objective) -> dict[str, str]:
     where = ", ".join(_selector(objective))
-    ready, expected = (
-        f'sum by (service) (meshdemo_instances{{{where}{", " if where else ""}state="{state}"}})'
-        for state in ("ready", "expected")
-    )
+    ready = f'sum by (service) (meshdemo_instances{{{where}{", " if where else ""}state="ready"}})'
+    expected = f"sum by (service) (meshdemo_instances{{{where}}})"
     return {
         "name": objective.name,
         "text": objective.text,

@@ -72,7 +72,7 @@ MESH: tuple[Panel, ...] = (
     Panel("p99", (Query(_quantile(0.99)),), "stat", "s", 4, 4),
     Panel(
         "Instances in service",
-        (Query('sum(meshdemo_instances{state="ready"}) / sum(meshdemo_instances{state="expected"})'),),
+        (Query('sum(meshdemo_instances{state="ready"}) / sum(meshdemo_instances)'),),
         "stat",
         "percentunit",
         4,
@@ -131,8 +131,11 @@ MESH: tuple[Panel, ...] = (
     ),
     Panel(
         "Sidecars",
-        (Query("sum by (state) (meshdemo_sidecars)", "{{state}}"),),
-        description="Connected, confirmed, silent, ejected, of those expected.",
+        (
+            Query("sum by (state) (meshdemo_sidecars)", "{{state}}"),
+            Query("sum(meshdemo_instances_silent)", "silent"),
+        ),
+        description="Whether they run what they should; silent: in whatever state, they report nothing.",
     ),
     Panel(
         "Scraped", (Query("sum by (job) (up)", "{{job}}"),), description="Targets that Prometheus reaches."
@@ -213,8 +216,9 @@ SERVICE: tuple[Panel, ...] = (
     ),
     Panel(
         "How fast the error budget burns",
-        (Query(f"1 - service:meshdemo_objective_error_budget:ratio{{{_THIS}}}", "{{objective}}: spent"),),
-        unit="percentunit",
+        (Query(f"service:meshdemo_objective_burn:ratio_rate{{{_THIS}}}", "{{service}}, {{objective}}"),),
+        unit="short",
+        description="How many times faster than the objective allows; at 1 it lasts exactly its period.",
     ),
     Panel(
         "Latency heatmap",
