@@ -27,6 +27,7 @@ from meshdemo.control.api import Control, create_app
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
 from meshdemo.control.plane import Change, Sidecar
+from meshdemo.control.server import _default_goals as default_goals
 from meshdemo.control.session import Sessions
 from meshdemo.control.signals import Cell, Histogram
 from meshdemo.control.tap import Tap
@@ -108,6 +109,8 @@ class Place:
         self.store.track([instance.id for instance in mesh.instances])
         self.journal = Journal(folder / "events.jsonl")
         self.sick: dict[str, float] = {}  # instance -> share of its requests that fail
+        self.slow_ms: dict[str, float] = {}  # instance -> what its requests take besides
+        self.strangers: tuple[str, ...] = ()  # callers of the front service that are no services
         self.silent: set[str] = set()
         self.control = Control(
             plane=self.plane,  # type: ignore[arg-type]
@@ -118,7 +121,7 @@ class Place:
             loop=self.loop,
             read_mesh=lambda: mesh,
         )
-        self.broadcast = page.Broadcast(self.control)
+        self.broadcast = page.Broadcast(self.control, default_goals=default_goals())
         sessions = Sessions(TOKEN, mesh.mesh)
         app = create_app(
             self.control,
@@ -175,19 +178,23 @@ class Place:
         failures = round(requests * self.sick.get(instance.id, 0.0))
         cells = []
         callers = [name for name, service in services.items() if instance.service in service.calls]
+        if instance.service == self.mesh.app.front:
+            callers += self.strangers
+        slow_ms = self.slow_ms.get(instance.id, 0.0)
         for caller in callers:
-            cells.append(
-                self._cell(True, caller, requests, failures, f"spiffe://mesh-demo/ns/default/sa/{caller}")
-            )
+            identity = caller and f"spiffe://mesh-demo/ns/default/sa/{caller}"
+            cells.append(self._cell(True, caller, requests, failures, identity, slow_ms))
         for callee in services[instance.service].calls:
             cells.append(self._cell(False, callee, requests, 0, f"spiffe://mesh-demo/ns/default/sa/{callee}"))
         return tuple(cells)
 
-    def _cell(self, inbound: bool, peer: str, requests: int, failures: int, identity: str) -> Cell:
-        latencies = [self.chance.lognormvariate(1.2, 0.5) for _ in range(min(requests, 40))]
+    def _cell(
+        self, inbound: bool, peer: str, requests: int, failures: int, identity: str, slow_ms: float = 0.0
+    ) -> Cell:
+        latencies = [slow_ms + self.chance.lognormvariate(1.2, 0.5) for _ in range(min(requests, 40))]
         return Cell(
             inbound=inbound, peer=peer, route="work", requests=requests, failures=failures,
-            secured=requests, identity=identity, codes={"200": requests - failures, "500": failures},
+            secured=requests if identity else 0, identity=identity, codes={"200": requests - failures, "500": failures},
             version="" if inbound else "v1", latency=Histogram.of(latencies),
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from flask import Flask, request
-from page_harness import TOKEN, Place, made_up, place
+from page_harness import TOKEN, Place, default_goals, made_up, place
 
 from meshdemo.apps.model import App
 from meshdemo.control import load, objectives, page
@@ -502,3 +502,47 @@ def test_an_app_that_makes_no_load_says_so() -> None:
     )
     with pytest.raises(BadInput, match="makes load"):
         set_load(Intent(), mesh.model_copy(update={"app": app}), 10)
+
+
+# -- by which objectives ----------------------------------------------------------------------------------
+
+
+def _judged(goals: dict[str, list[objectives.Goal]], cell: Cell) -> tuple[str, str]:
+    mesh = made_up(2, 2)
+    made = snapshot(
+        mesh, Intent(), [sample(mesh.instances[1], cell)], silent=lambda _: False, now=NOW, goals=goals
+    )
+    service, [edge] = of(made, "service-b"), made["edges"]
+    instance = service["versions"][0]["instances"][0]
+    assert instance.get("wrong") == service.get("wrong") == edge.get("wrong")
+    return service.get("wrong", ""), service.get("why", "")
+
+
+def test_figures_are_judged_by_the_objectives_of_their_service() -> None:
+    slow = Histogram.of([310.0] * 6 + [20.0] * 94)
+    latency = [objectives.Goal(0.05, 300.0)]
+    assert _judged({"service-b": latency}, inbound(100, latency=slow)) == (
+        "slow", "6 % take longer than 300 ms",
+    )  # fmt: skip
+    all_slow = Histogram.of([310.0] * 100)
+    assert _judged({"service-b": latency}, inbound(100, latency=all_slow))[0] == "too_slow"
+    assert _judged({"service-b": [objectives.Goal(0.1, 300.0)]}, inbound(100, latency=slow)) == ("", "")
+    assert (
+        _judged({"service-b": latency}, inbound(100, 2))[0] == "degraded"
+    )  # no service may fail as it likes
+    assert _judged({}, inbound(100, 2))[0] == "degraded"
+    assert _judged({}, inbound(100, 6))[0] == "failing"
+    assert _judged({"service-b": [objectives.Goal(0.25)]}, inbound(100, 20)) == ("", "")
+    assert _judged({"service-b": [objectives.Goal(0.25)]}, inbound(100, 70))[0] == "failing"
+
+
+def test_without_a_watch_the_default_policy_says_what_is_healthy() -> None:
+    goals = default_goals()
+    from meshdemo.apps.loader import load as app_of
+
+    emojivoto = goals(app_of("emojivoto"))
+    assert objectives.Goal(0.05, 300.0) in [
+        objectives.Goal(round(goal.allowed, 6), goal.below_ms) for goal in emojivoto["emoji"]
+    ]
+    assert [round(goal.allowed, 6) for goal in emojivoto["web"] if goal.below_ms is None] == [0.25]
+    assert [round(goal.allowed, 6) for goal in goals(app_of("pair"))["service-b"]] == [0.01, 0.05]

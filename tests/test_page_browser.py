@@ -112,6 +112,72 @@ def test_it_says_where_it_hurts(sick: Place, opened: Any) -> None:
     expect(page.locator("#last-incident")).to_contain_text("eject service-b-v1-0 → ✓ healed after 7.0 s")
 
 
+def test_what_is_slow_is_not_green(pair: Place, opened: Any) -> None:
+    page = opened(pair.link)
+    expect(page.locator("#summary")).to_contain_text("All services answer well")
+    pair.slow_ms = dict.fromkeys(("service-b-v1-0", "service-b-v1-1", "service-b-v2-2"), 310.0)
+    try:
+        expect(card(page, "service-b")).to_contain_text("✗ service-b")
+        expect(card(page, "service-b")).to_contain_text("far too slow")
+        expect(page.locator("#summary")).to_contain_text("100 % take longer than 300 ms")
+        expect(page.locator("#now-state")).to_contain_text("✗ far too slow: 100 % take longer than 300 ms")
+        expect(page.locator("#now-p95")).to_have_class("bad")
+        expect(page.locator("#now-success")).to_have_class("ok")
+        expect(page.locator(".edge")).to_have_class("edge bad")
+        expect(page.locator(".cell.bad")).to_have_count(3)
+        page.get_by_role("tab", name="Routes").click()
+        expect(page.locator("#routes")).to_contain_text("✗ 3")
+    finally:
+        pair.slow_ms = {}
+
+
+def test_callers_that_are_no_services_are_drawn(pair: Place, opened: Any) -> None:
+    page = opened(pair.link)
+    pair.strangers = ("", "gateway")
+    try:
+        expect(card(page, "(unknown)")).to_contain_text("proved no identity")
+        expect(card(page, "gateway")).to_contain_text("outside")
+        expect(page.locator(".edge")).to_have_count(3)
+        expect(page.locator(".lock.open")).to_have_count(1)
+        card(page, "gateway").click()
+        expect(page.locator("#service")).to_have_value("service-b")  # there is nothing more to show of it
+        page.get_by_role("tab", name="Tap").click()
+        expect(page.locator("#tap-caller option")).to_have_text(["any", "gateway", "service-a"])
+    finally:
+        pair.strangers = ()
+    expect(card(page, "gateway")).to_have_count(0)
+
+
+def test_the_tap_can_be_narrowed_down(pair: Place, opened: Any) -> None:
+    page = opened(pair.link)
+    page.get_by_role("tab", name="Tap").click()
+    page.locator("#tap-caller").select_option("service-a")
+    page.locator("#tap-route").select_option("work")
+    page.locator("#tap-instance").select_option("service-b-v1-1")
+    page.locator("#tap-failed").check()
+    expect(page.locator("#tap-command")).to_have_text(
+        "meshdemo tap service-b --caller service-a --route work --instance service-b-v1-1 --status 5xx"
+    )
+    with page.expect_request("**/v1/tap?*") as asked:
+        page.get_by_role("button", name="Start tapping").click()
+    for part in ("caller=service-a", "route=work", "instance=service-b-v1-1", "status=5xx"):
+        assert part in asked.value.url
+    with page.expect_request("**/v1/tap?*") as asked:
+        page.locator("#tap-caller").select_option("")
+    assert "caller" not in asked.value.url
+    page.get_by_role("button", name="Stop tapping").click()
+
+
+def test_changes_stand_in_the_time_line(pair: Place, opened: Any) -> None:
+    page = opened(pair.link)
+    where = {"service": "service-b", "time": page.evaluate("Date.now() / 1000") - 60}
+    pair.journal.append({"event": "traffic", "changes": {"split": {"v1": 90, "v2": 10}}, **where})
+    pair.journal.append({"event": "canary", "what": "back", "text": "back to v1: 12 % failed", **where})
+    expect(page.locator(".mark.change")).to_have_count(2)
+    expect(page.locator("#history")).to_contain_text("traffic: split v1=90,v2=10")
+    expect(page.locator("#history")).to_contain_text("canary: back to v1: 12 % failed")
+
+
 def test_a_second_tab_and_a_reload_stay_signed_in(pair: Place, opened: Any) -> None:
     page = opened(pair.link)
     page.reload()

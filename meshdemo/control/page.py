@@ -23,8 +23,10 @@ from typing import Any
 
 from flask import Blueprint, Response, abort, jsonify, request, send_from_directory
 
+from meshdemo.apps.model import App
 from meshdemo.control import aggregate
 from meshdemo.control.api import Control, control, open_to_all
+from meshdemo.control.objectives import Goals
 from meshdemo.control.session import SECURITY_HEADERS, Sessions
 from meshdemo.control.snapshot import POINT, WINDOW_S, by_service, point, snapshot
 from meshdemo.control.telemetry import KEPT_S
@@ -58,6 +60,7 @@ class Broadcast:
     Args:
         mesh: what the snapshots are of.
         every_s: seconds from one snapshot to the next.
+        default_goals: what to judge by while no watch says what it judges by.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class Broadcast:
         every_s: float = _EVERY_S,
         kept_s: float = KEPT_S,
         clock: Callable[[], float] = time.time,
+        default_goals: Callable[[App], Goals] = lambda _: {},
     ) -> None:
         self._mesh = mesh
+        self._default_goals = default_goals
         self._every_s = every_s
         self._clock = clock
         self._condition = threading.Condition()
@@ -116,8 +121,12 @@ class Broadcast:
                     points = self._history.setdefault(signal.service, deque(maxlen=self._points_max))
                     points.append(point(signal, now))
         if watched:
-            made = snapshot(mesh, intent, samples, silent=store.silent, now=now, services=services)
-            made["objectives"] = [row.model_dump(mode="json") for row in self._mesh.totals.objectives.now()]
+            standings = self._mesh.totals.objectives
+            goals = standings.goals() or self._default_goals(mesh.app)
+            made = snapshot(
+                mesh, intent, samples, silent=store.silent, now=now, services=services, goals=goals
+            )
+            made["objectives"] = [row.model_dump(mode="json") for row in standings.now()]
             content = json.dumps(made, separators=(",", ":"))
             with self._condition:
                 self._frame = Frame(self._frame.number + 1, content)

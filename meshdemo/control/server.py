@@ -15,8 +15,9 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ from meshdemo.errors import Failed, MeshdemoError, Missing
 
 if TYPE_CHECKING:
     from flask import Flask
+
+    from meshdemo.apps.model import App
+    from meshdemo.control.objectives import Goals
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +201,22 @@ async def _beat(store: telemetry.Store) -> None:
         await asyncio.sleep(_BEAT_S)
 
 
+def _default_goals() -> Callable[[App], Goals]:
+    """What the policy that comes along asks for; read when somebody opens the page, for it takes a moment."""
+
+    @cache
+    def judge() -> Callable[[App], Goals]:
+        from meshdemo.remediation import goals, policy
+        from meshdemo.resources import DEFAULT_POLICY
+
+        return goals.of(policy.load(DEFAULT_POLICY))
+
+    def of_app(app: App) -> Goals:
+        return judge()(app)
+
+    return of_app
+
+
 def _serve_http(place: Place, control: Control) -> None:
     """Serve the API from a thread that ends with the process."""
     import waitress
@@ -208,7 +228,7 @@ def _serve_http(place: Place, control: Control) -> None:
         listen.append(place.open_listen)
     token = api_token(place.control / "api-token")
     sessions = Sessions(token, control.mesh.mesh)
-    broadcast, keeper = page.Broadcast(control), load.LoadKeeper(control)
+    broadcast, keeper = page.Broadcast(control, default_goals=_default_goals()), load.LoadKeeper(control)
     broadcast.start()
     keeper.start()
     app: Flask = create_app(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from meshdemo.apps.model import Service
 from meshdemo.control import aggregate
 from meshdemo.control.model import Fault, Intent, MeshState
+from meshdemo.control.objectives import Goals, verdict
 from meshdemo.control.render import effective_split
 from meshdemo.control.signals import Sample, Signal
 
@@ -31,6 +33,7 @@ def snapshot(
     silent: Callable[[str], bool],
     now: float,
     services: Sequence[Signal] | None = None,
+    goals: Goals = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The mesh at `now`.
 
@@ -38,6 +41,7 @@ def snapshot(
         samples: those of the last seconds, oldest first.
         silent: does the sidecar of this instance report nothing?
         services: the signals by service, if they are known already (`by_service`).
+        goals: what the objectives ask of each service; what misses them says so (`wrong`).
     """
     ejected = {ejection.instance for ejection in intent.ejections}
     scopes = [
@@ -54,7 +58,7 @@ def snapshot(
     ready: dict[str, dict[str, int]] = {}
     for instance in mesh.instances:
         signal = of_instance[instance.id]
-        row = {**_figures(signal), "id": instance.id, "ready": instance.ready}
+        row = {**_judged(signal, goals), "id": instance.id, "ready": instance.ready}
         if instance.revision != 1:
             row["revision"] = instance.revision
         instances.setdefault((instance.service, instance.version), []).append(row)
@@ -74,14 +78,14 @@ def snapshot(
             {
                 "name": name,
                 "protocol": service.protocol,
-                **(_figures(of_service[name]) if name in of_service else {}),
+                **(_judged(of_service[name], goals) if name in of_service else {}),
                 "versions": _versions(name, service, intent, instances, ready.get(name, {}), outliers),
             }
             for name, service in mesh.app.services.items()
         ],
-        "edges": _edges(mesh, samples, now),
+        "edges": _edges(mesh, samples, now, goals),
         "routes": [
-            {**_figures(signal), "service": signal.service, "route": signal.route or ""}
+            {**_judged(signal, goals), "service": signal.service, "route": signal.route or ""}
             for signal in aggregate.signals(samples, by="route", now=now, window_s=WINDOW_S)
         ],
         "faults": [_fault(fault) for fault in intent.faults],
@@ -152,12 +156,16 @@ def _load(mesh: MeshState, intent: Intent) -> float | None:
     return None
 
 
-def _edges(mesh: MeshState, samples: Sequence[Sample], now: float) -> list[dict[str, Any]]:
+def _edges(mesh: MeshState, samples: Sequence[Sample], now: float, goals: Goals) -> list[dict[str, Any]]:
     """Who called whom, and who might: a pair that the app file names stands here without requests too."""
     rows: dict[tuple[str, str], dict[str, Any]] = {
         (caller, callee): {"caller": caller, "service": callee, "requests": 0, "rps": 0.0}
         for caller, service in mesh.app.services.items()
         for callee in service.calls
+    }
+    callers = {
+        (signal.caller, signal.service): signal
+        for signal in aggregate.signals(samples, by="caller", now=now, window_s=WINDOW_S)
     }
     for edge in aggregate.edges(samples, now=now, window_s=WINDOW_S):
         rows[edge["caller"], edge["service"]] = {
@@ -173,7 +181,25 @@ def _edges(mesh: MeshState, samples: Sequence[Sample], now: float) -> list[dict[
             "requests": edge["requests"],
             "denied": edge["denied"],
         }
+        signal = callers.get((edge["caller"], edge["service"]))
+        if signal is not None and (wrong := verdict(goals.get(signal.service, ()), signal)):
+            rows[edge["caller"], edge["service"]]["wrong"] = wrong
     return list(rows.values())
+
+
+def _judged(signal: Signal, goals: Goals) -> dict[str, Any]:
+    """A signal's figures, and what is wrong with it."""
+    row = _figures(signal)
+    of_service = goals.get(signal.service, ())
+    if wrong := verdict(of_service, signal):
+        row["wrong"] = wrong
+        if wrong in ("slow", "too_slow"):
+            slow = {
+                goal.below_ms: signal.latency.above(goal.below_ms) for goal in of_service if goal.below_ms
+            }
+            limit = max(slow, key=lambda limit: slow[limit])
+            row["why"] = f"{100 * slow[limit] / signal.requests:.0f} % take longer than {limit:g} ms"
+    return row
 
 
 def _figures(signal: Signal) -> dict[str, Any]:

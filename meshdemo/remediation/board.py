@@ -236,8 +236,9 @@ class Board:
             share = (expected - down) / expected if expected else None
             state: Health = own or ("unknown" if share is None else "ok")
             return ObjectiveView(
-                objective.name, objective.text, state, share, objective.in_service, 1.0 if not down else 0.0
-            )
+                objective.name, objective.text, state, share, objective.in_service, 1.0 if not down else 0.0,
+                kind="in_service",
+            )  # fmt: skip
         judge = next(one for one in core.observer.judges_of(service) if one.objective is objective)
         window = judge.whole.longest
         requests = window.requests + judge.whole.overdue
@@ -250,6 +251,9 @@ class Board:
             good_share=good,
             wanted_share=1 - judge.allowed,
             budget_left=_left(judge, now),
+            kind="success" if objective.success is not None else "latency",
+            below_ms=objective.threshold_ms,
+            effective=objective.effective,
         )
 
     def _silent(self, service: str) -> bool:

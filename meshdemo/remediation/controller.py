@@ -132,6 +132,9 @@ def _standings(view: WatchView) -> list[dict[str, object]]:
             "good_share": one.good_share,
             "wanted_share": one.wanted_share,
             "budget_left": round(one.budget_left, 4),
+            "kind": one.kind,
+            "below_ms": one.below_ms,
+            "effective": one.effective,
         }
         for service in view.services
         for one in service.objectives

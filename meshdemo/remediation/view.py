@@ -64,6 +64,9 @@ class ObjectiveView:
     good_share: float | None  # of the longest window judged, 0..1
     wanted_share: float  # 0..1
     budget_left: float  # 1: nothing spent of the budget period; 0: all spent; below 0: overspent
+    kind: Literal["success", "latency", "in_service"] = "success"
+    below_ms: float | None = None  # of one about latency
+    effective: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,16 @@ export function layers(names, edges) {
   return out;
 }
 
+// Who calls and is no service of the app: a gateway, or one that proved no identity.
+const UNKNOWN = "(unknown)";
+function withOutsiders(snapshot) {
+  const known = new Set(snapshot.services.map((service) => service.name));
+  const edges = snapshot.edges.filter((edge) => known.has(edge.service)).map((edge) => (edge.caller ? edge : { ...edge, caller: UNKNOWN }));
+  const outsiders = [...new Set(edges.map((edge) => edge.caller))].filter((name) => !known.has(name));
+  if (!outsiders.length) return snapshot;
+  return { ...snapshot, edges, services: [...outsiders.map((name) => ({ name, outside: true, versions: [] })), ...snapshot.services] };
+}
+
 const perRow = (width) => Math.floor((width - 2 * PADDING) / CELL);
 const inRows = (version) => version.instances.length <= ROWS_UP_TO;
 const heightOfVersion = (version, width) => VERSION + (inRows(version) ? Math.max(1, version.instances.length) * ROW : Math.ceil(version.instances.length / perRow(width)) * CELL) + 4;
@@ -56,12 +66,13 @@ const clip = (text, width, size) => { const room = Math.floor(width / (size * 0.
 
 // What there is to say of a service besides its figures: why it may look as it does.
 function notes(service, faults) {
+  if (service.outside) return [service.name === UNKNOWN ? "proved no identity" : "no service of the app"];
   const out = faults.map((fault) => `⚡ ${faultEffect(fault)}${fault.instance ? ` on ${shortId(service.name, fault.instance)}` : fault.version ? ` on ${fault.version}` : ""}${fault.caller ? ` from ${fault.caller}` : ""}`);
   for (const version of service.versions) if (version.outliers) out.push(`⊘ Envoy ejected ${version.outliers} of ${version.version}`);
   if (service.refused) out.push(`⊘ ${rate(service.refused)}/s refused by a breaker`);
   if (service.denied) out.push(`⊘ ${rate(service.denied)}/s denied by access rules`);
   if (service.overdue) out.push(`⧗ ${plural(service.overdue, "request")} waiting for an answer`);
-  if (service.success_rate < 0.99 && service.effective_success_rate > service.success_rate + 0.01) out.push(`↻ ${percent(service.effective_success_rate)} after retries`);
+  if (service.effective_success_rate > service.success_rate + 0.01) out.push(`↻ ${percent(service.effective_success_rate)} after retries`);
   return out;
 }
 
@@ -100,8 +111,9 @@ export class Graph {
     }).observe(host);
   }
 
-  update(snapshot, chosen) {
-    this.last = [snapshot, chosen];
+  update(given, chosen) {
+    this.last = [given, chosen];
+    const snapshot = withOutsiders(given);
     const faults = new Map();
     for (const fault of snapshot.faults) faults.set(fault.service, [...(faults.get(fault.service) ?? []), fault]);
     const noted = new Map(snapshot.services.map((service) => [service.name, notes(service, faults.get(service.name) ?? [])]));
@@ -118,7 +130,8 @@ export class Graph {
       this.layOut(snapshot, noted, narrow);
     }
     this.scale();
-    const made = new Map(snapshot.load.map((name) => [name, 0]));
+    const outside = snapshot.services.filter((service) => service.outside).map((service) => service.name);
+    const made = new Map([...snapshot.load, ...outside].map((name) => [name, 0]));
     for (const edge of snapshot.edges) if (made.has(edge.caller)) made.set(edge.caller, made.get(edge.caller) + edge.rps);
     for (const service of snapshot.services) this.fill(service, service.name === chosen, noted.get(service.name), made.get(service.name));
     for (const edge of snapshot.edges) this.fillEdge(edge, narrow);
@@ -200,7 +213,7 @@ export class Graph {
     const lines = Array.from({ length: noteLines }, (_, n) => svg("text", { class: "note", x: PADDING, y: HEAD + 10 + n * NOTE }));
     const card = svg("g", { class: "card", transform: `translate(${place.x} ${place.y})`, tabindex: -1, role: "button", "data-service": service.name },
       svg("rect", { class: "back", width, height: place.height, rx: 10 }), svg("rect", { class: "stripe", x: 0, y: 10, width: 5, height: place.height - 20, rx: 2.5 }), name, word, ...values, ...units, ...lines);
-    card.addEventListener("click", () => { this.onChoose(service.name); });
+    if (!service.outside) card.addEventListener("click", () => { this.onChoose(service.name); });
     let y = HEAD + noteLines * NOTE;
     for (const version of service.versions) {
       const label = svg("text", { class: "version", x: PADDING, y: y + 14 });
@@ -267,13 +280,13 @@ export class Graph {
     const now = state(service);
     setText(name, clip(`${now.symbol} ${service.name}`, width - 90, 15));
     const maker = made !== undefined && !service.requests;
-    setText(word, maker ? "makes load" : now.word);
+    setText(word, maker && !service.outside ? "makes load" : now.word);
     setText(values[0], rate(maker ? made : service.rps));
     setText(unit, maker ? "calls/s" : "requests/s");
     setText(values[1], percent(service.success_rate));
     setText(values[2], ms(service.p99_ms));
     lines.forEach((line, index) => setText(line, clip(noted[index] ?? "", width - 2 * PADDING, 12)));
-    setAttribute(card, "class", `card ${now.class}${chosen ? " chosen" : ""}`);
+    setAttribute(card, "class", `card ${now.class}${chosen ? " chosen" : ""}${service.outside ? " outside" : ""}`);
     setAttribute(card, "aria-pressed", String(chosen));
     setAttribute(card, "tabindex", chosen ? "0" : "-1");
     setAttribute(card, "aria-label", `${service.name}: ${says(service)}. ${noted.length ? `${noted.join(". ")}. ` : ""}Instances: ${countsOf(service)}`);
@@ -308,7 +321,7 @@ export class Graph {
     const name = card.dataset.service;
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      return this.onChoose(name);
+      return this.last[0].services.some((service) => service.name === name) && this.onChoose(name);
     }
     const step = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] }[event.key];
     if (!step) return;

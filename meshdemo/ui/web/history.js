@@ -1,10 +1,10 @@
-// The golden signals of one service over the last minutes, above them on the same time line what happened: faults,
-// violated objectives, remedies; so that cause and effect are seen together.
+// The golden signals of one service over the last minutes, above them on the same time line what happened:
+// changes of traffic and access, faults, violated objectives, remedies; so that cause and effect are seen together.
 
 import { clock, html, ms, percent, rate, setAttribute, setText, svg, withMs } from "./words.js";
 
 const LEFT = 66, RIGHT = 10, LANE = 20, LANE_GAP = 3, TITLE = 22, GAP = 12, AXIS = 20;
-const LANES = [["fault", "fault"], ["violated", "violated"], ["remedy", "remedy"]];
+const LANES = [["change", "change"], ["fault", "fault"], ["violated", "violated"], ["remedy", "remedy"]];
 const PANELS = [
   { title: "Requests/s", lines: [["rps", "rps", "answered"], ["refused", "refused", "refused"]], format: (value) => String(value) },
   { title: "Success", lines: [["effective_success_rate", "effective", "after retries"], ["success_rate", "success", "answered"]], format: (value) => `${Number((value * 100).toFixed(1))} %`, top: 1, bottomOf: (low) => Math.max(0, Math.min(0.9, Math.floor(low * 10) / 10)) },
@@ -154,7 +154,13 @@ export class History {
     this.drawn = key;
     const bands = [], happened = [], words = [];
     const ends = LANES.map(() => -Infinity);
-    for (const mark of this.marks) {
+    const next = new Map(); // where the next mark of the same lane stands, which words must not reach
+    const following = this.marks.map(() => Infinity);
+    for (let index = this.marks.length - 1; index >= 0; index -= 1) {
+      following[index] = next.get(this.marks[index].kind) ?? Infinity;
+      next.set(this.marks[index].kind, this.x(this.marks[index].start));
+    }
+    for (const [index, mark] of this.marks.entries()) {
       const end = Math.min(mark.end ?? this.to, this.to);
       if (end < this.from) continue;
       const lane = LANES.findIndex(([kind]) => kind === mark.kind), y = this.lanesTop + lane * (LANE + LANE_GAP);
@@ -163,11 +169,11 @@ export class History {
       words.push(html("li", { textContent: `${clock(mark.start)}: ${mark.word}: ${mark.text}` }));
       const title = svg("title", {}, `${clock(mark.start)} ${mark.word}: ${mark.text}`);
       happened.push(svg("rect", { class: `mark ${mark.class}`, x: x1, y, width: x2 - x1, height: LANE, rx: 3 }, title));
-      if (mark.kind !== "remedy") bands.push(svg("rect", { class: `band ${mark.class}`, x: x1, y: this.lanesTop, width: x2 - x1, height: this.bottom - this.lanesTop }));
+      if (mark.kind === "fault" || mark.kind === "violated") bands.push(svg("rect", { class: `band ${mark.class}`, x: x1, y: this.lanesTop, width: x2 - x1, height: this.bottom - this.lanesTop }));
       else bands.push(svg("path", { class: "moment", d: `M${x1} ${y + LANE}V${this.bottom}` }));
       // The words stand in the bar, or behind it, or (at the right end) before it.
       const needs = text.length * 6.6 + 6, right = this.width - RIGHT;
-      const room = x2 - x1 >= needs ? x1 + 4 : x2 + 4 + needs <= right ? x2 + 4 : x1 - needs;
+      const room = x2 - x1 >= needs ? x1 + 4 : x2 + 4 + needs <= Math.min(right, following[index]) ? x2 + 4 : x1 - needs;
       const shown = room > ends[lane] && room > LEFT;
       const symbolAt = Math.max(x1 - 1, ends[lane]);
       happened.push(svg("text", { class: `said ${mark.class}`, x: shown ? room : Math.min(x2 + 3, right - 12), y: y + 14 }, shown ? text : symbolAt < x2 + 3 ? mark.symbol : ""));

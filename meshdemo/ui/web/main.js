@@ -6,12 +6,14 @@ import { History } from "./history.js";
 import { call, follow, signIn } from "./session.js";
 import { Table, tabs } from "./tables.js";
 import { Tap } from "./tap.js";
-import { clock, eventName, eventText, faultEffect, faultPlace, isUnwell, ms, percent, plural, rate, setAttribute, setText, state, withMs } from "./words.js";
+import { clock, eventName, eventText, faultEffect, faultPlace, isSlow, isUnwell, ms, percent, plural, rate, setAttribute, setText, state, withMs } from "./words.js";
 
 const KEEP_S = 600, EVENTS = 1000, ROWS = 200;
 const by = (id) => document.getElementById(id);
 const number = (text) => ({ text, class: "n" });
-const success = (row) => ({ text: `${state(row).symbol} ${percent(row.success_rate)}`, class: `n ${state(row).class}` });
+// A row that is slow is marked at its latency, not at its success.
+const success = (row) => (isSlow(row) ? { text: `✓ ${percent(row.success_rate)}`, class: "n ok" } : { text: `${state(row).symbol} ${percent(row.success_rate)}`, class: `n ${state(row).class}` });
+const slowest = (row) => (isSlow(row) ? { text: `${state(row).symbol} ${ms(row.p95_ms)}`, class: `n ${state(row).class}` } : number(ms(row.p95_ms)));
 
 let snapshot = null, chosen = null, journal = [], historyOf = null, points = [];
 
@@ -20,7 +22,7 @@ const chart = new History(by("history"));
 const tap = new Tap(say);
 const routes = new Table(by("routes"), (r) => r.route, [
   (r) => r.route || "(no route fits)", (r) => number(rate(r.rps)), success, (r) => number(percent(r.effective_success_rate)),
-  (r) => number(ms(r.p50_ms)), (r) => number(ms(r.p95_ms)), (r) => number(ms(r.p99_ms)),
+  (r) => number(ms(r.p50_ms)), slowest, (r) => number(ms(r.p99_ms)),
 ], "No requests.");
 const edges = new Table(by("edges"), (e) => `${e.caller}>${e.service}`, [
   (e) => e.caller || "(unknown)", (e) => e.service,
@@ -68,6 +70,9 @@ function marks(name) {
         if (violation) violation.text += event.event === "gave_up" ? " → ✗ gave up" : ` → ✓ healed${event.recover_s === undefined ? "" : ` after ${event.recover_s.toFixed(1)} s`}`;
         break;
       }
+      case "traffic": case "access": case "canary":
+        out.push({ ...bar, kind: "change", class: "change", symbol: "⇄", word: event.event, text: changeText(event) });
+        break;
       case "acted":
         out.push({ ...bar, kind: "remedy", class: "remedy", symbol: "◆", word: "remedy", text: [event.remedy, event.target].filter(Boolean).join(" ") });
     }
@@ -77,6 +82,9 @@ function marks(name) {
   for (const [id, fault] of faults) if (fault.end === null && !inForce.has(id)) fault.end = fault.start;
   return [...faults.values(), ...open.values(), ...out].sort((a, b) => a.start - b.start);
 }
+
+// A canary's shifts are changes of traffic, too, and say so themselves.
+const changeText = (event) => `${event.event === "traffic" ? "" : `${event.event}: `}${eventText(event)}`;
 
 const faultText = (fault) => `${faultEffect(fault)} on ${faultPlace(fault)}`;
 
@@ -100,7 +108,7 @@ function lastIncident(name) {
 function summary() {
   const unwell = snapshot.services.filter(isUnwell), silent = snapshot.services.filter((service) => state(service).word === "silent");
   const parts = [];
-  if (unwell.length) parts.push(`${unwell.some((service) => state(service).class === "bad") ? "✗" : "!"} ${unwell.slice(0, 4).map((service) => `${service.name} ${state(service).word}: ${state(service).word === "hung" ? "no answers" : `${percent(service.success_rate)} success`}`).join("; ")}${unwell.length > 4 ? `; ${unwell.length - 4} more` : ""}`);
+  if (unwell.length) parts.push(`${unwell.some((service) => state(service).class === "bad") ? "✗" : "!"} ${unwell.slice(0, 4).map((service) => `${service.name} ${state(service).word}: ${state(service).word === "hung" ? "no answers" : isSlow(service) ? service.why : `${percent(service.success_rate)} success`}`).join("; ")}${unwell.length > 4 ? `; ${unwell.length - 4} more` : ""}`);
   if (silent.length) parts.push(`? ${plural(silent.length, "service")} silent`);
   if (!parts.length) parts.push("✓ All services answer well");
   if (snapshot.faults.length) parts.push(`⚡ ${plural(snapshot.faults.length, "fault")} in force`);
@@ -111,11 +119,12 @@ function summary() {
 function figures() {
   const service = snapshot.services.find((one) => one.name === chosen), now = state(service);
   const tiles = {
-    rps: [rate(service.rps), ""], success: [percent(service.success_rate), now.class],
-    effective: [percent(service.effective_success_rate), ""], p50: [withMs(service.p50_ms), ""], p99: [withMs(service.p99_ms), ""],
+    rps: [rate(service.rps), ""], success: [percent(service.success_rate), isSlow(service) ? "ok" : now.class],
+    effective: [percent(service.effective_success_rate), ""], p50: [withMs(service.p50_ms), ""],
+    p95: [withMs(service.p95_ms), isSlow(service) ? now.class : ""], p99: [withMs(service.p99_ms), ""],
     refused: [service.refused || service.denied ? `${rate((service.refused ?? 0) + (service.denied ?? 0))}/s` : "none", service.refused || service.denied ? "warn" : ""],
   };
-  setText(by("now-state"), `${now.symbol} ${now.word}`);
+  setText(by("now-state"), `${now.symbol} ${now.word}${service.why ? `: ${service.why}` : ""}`);
   setAttribute(by("now-state"), "class", now.class);
   for (const name in tiles) {
     setText(by(`now-${name}`), tiles[name][0]);
@@ -165,7 +174,7 @@ function render() {
   setText(by("history-command"), `meshdemo stat ${chosen} ${seconds}`);
   setText(by("routes-command"), `meshdemo stat ${chosen} --by route ${seconds}`);
   setText(by("edges-command"), `meshdemo edges ${seconds}`);
-  tap.show(chosen);
+  tap.show(chosen, snapshot);
 }
 
 function take(data) {

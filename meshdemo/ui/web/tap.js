@@ -5,6 +5,7 @@ import { Table } from "./tables.js";
 import { clock, ms, setText } from "./words.js";
 
 const ROWS = 100, PER_S = 50;
+const FILTERS = ["caller", "route", "instance"];
 const by = (id) => document.getElementById(id);
 
 export class Tap {
@@ -18,20 +19,52 @@ export class Tap {
       (e) => ({ text: `${e.failed ? "✗" : "✓"} ${e.status}${e.grpc_status ? ` grpc ${e.grpc_status}` : ""}${e.flags ? ` ${e.flags}` : ""}`, class: `n ${e.failed ? "bad" : "ok"}` }), (e) => ({ text: ms(e.latency_ms), class: "n" }),
     ], "Not tapping: no request is looked at.");
     by("tap-toggle").addEventListener("click", () => (this.running ? this.stop() : this.start()));
-    by("tap-failed").addEventListener("change", () => { const again = this.running !== null; this.stop(); this.show(this.service); if (again) this.start(); });
+    for (const name of ["failed", ...FILTERS]) by(`tap-${name}`).addEventListener("change", () => this.again());
   }
 
-  show(service) {
+  // Anew, with other filters.
+  again() {
+    const running = this.running !== null;
+    this.stop();
+    this.command();
+    if (running) this.start();
+  }
+
+  // What can be filtered by is what there is: callers, routes and instances of the service.
+  show(service, snapshot) {
+    const other = service !== this.service;
     this.service = service;
-    setText(by("tap-command"), `meshdemo tap ${service}${by("tap-failed").checked ? " --status 5xx" : ""}`);
+    const row = snapshot.services.find((one) => one.name === service);
+    const there = {
+      caller: snapshot.edges.filter((edge) => edge.service === service && edge.caller).map((edge) => edge.caller),
+      route: snapshot.routes.filter((one) => one.service === service && one.route).map((one) => one.route),
+      instance: row.versions.flatMap((version) => version.instances.map((instance) => instance.id)),
+    };
+    for (const name of FILTERS) {
+      const select = by(`tap-${name}`), chosen = other ? "" : select.value;
+      // What is chosen stays, also while it makes no requests.
+      const names = [...new Set([...there[name], ...(chosen ? [chosen] : [])])].sort(), listed = names.join();
+      if (!other && select.listed === listed) continue;
+      select.listed = listed;
+      select.replaceChildren(new Option("any", ""), ...names.map((one) => new Option(one, one, false, one === chosen)));
+    }
+    this.command();
+  }
+
+  filters() {
+    const chosen = Object.fromEntries(FILTERS.map((name) => [name, by(`tap-${name}`).value]).filter(([, value]) => value));
+    return by("tap-failed").checked ? { ...chosen, status: "5xx" } : chosen;
+  }
+
+  command() {
+    setText(by("tap-command"), ["meshdemo tap", this.service, ...Object.entries(this.filters()).map(([name, value]) => `--${name} ${value}`)].join(" "));
   }
 
   async start() {
     const running = this.running = new AbortController();
     by("tap-toggle").setAttribute("aria-pressed", "true");
     setText(by("tap-toggle"), "■ Stop tapping");
-    const query = new URLSearchParams({ service: this.service, max_per_s: PER_S });
-    if (by("tap-failed").checked) query.set("status", "5xx");
+    const query = new URLSearchParams({ service: this.service, max_per_s: PER_S, ...this.filters() });
     this.rows = [];
     let skipped = 0, due = false;
     const draw = () => { due = false; this.table.update(this.rows); setText(by("tap-skipped"), skipped ? `${skipped} more were left out: at most ${PER_S} a second are shown.` : ""); };

@@ -3,8 +3,11 @@
 
 export const STATES = {
   ok: { symbol: "✓", word: "healthy", class: "ok" },
-  warn: { symbol: "!", word: "degraded", class: "warn" },
-  bad: { symbol: "✗", word: "failing", class: "bad" },
+  degraded: { symbol: "!", word: "degraded", class: "warn" },
+  failing: { symbol: "✗", word: "failing", class: "bad" },
+  slow: { symbol: "!", word: "slow", class: "warn" },
+  too_slow: { symbol: "✗", word: "far too slow", class: "bad" },
+  outside: { symbol: "–", word: "outside", class: "off" },
   hung: { symbol: "✗", word: "hung", class: "bad" },
   silent: { symbol: "?", word: "silent", class: "off" },
   ejected: { symbol: "⊘", word: "ejected", class: "off" },
@@ -13,18 +16,19 @@ export const STATES = {
   idle: { symbol: "–", word: "idle", class: "off" },
 };
 
-// The bounds are those of the default objective: 99 % is healthy, below 95 % it fails plainly.
+// What misses an objective of its service comes with what is `wrong` with it; the control plane judges that.
 export function state(row) {
+  if (row.outside) return STATES.outside;
   if (row.ready === false) return STATES.starting;
   if (row.ejected) return STATES.ejected;
   if (row.silent) return STATES.silent;
   if (row.overdue > 0 && !row.requests) return STATES.hung;
   if (row.denied > 0 && !row.requests) return STATES.denied;
   if (row.success_rate === null || row.success_rate === undefined) return STATES.idle;
-  if (row.success_rate < 0.95) return STATES.bad;
-  if (row.success_rate < 0.99) return STATES.warn;
-  return STATES.ok;
+  return STATES[row.wrong] ?? STATES.ok;
 }
+
+export const isSlow = (row) => row.wrong === "slow" || row.wrong === "too_slow";
 
 export const isUnwell = (row) => ["bad", "warn"].includes(state(row).class);
 
