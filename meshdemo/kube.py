@@ -76,6 +76,8 @@ KINDS: Mapping[str, Kind] = {
     "TokenReview": Kind("authentication.k8s.io/v1", "tokenreviews", namespaced=False),
     "SelfSubjectAccessReview": Kind("authorization.k8s.io/v1", "selfsubjectaccessreviews", namespaced=False),
     "ServiceMonitor": Kind("monitoring.coreos.com/v1", "servicemonitors"),
+    "GatewayClass": Kind("gateway.networking.k8s.io/v1", "gatewayclasses", namespaced=False),
+    "Gateway": Kind("gateway.networking.k8s.io/v1", "gateways"),
     "HTTPRoute": Kind("gateway.networking.k8s.io/v1", "httproutes"),
 }
 
@@ -315,12 +317,19 @@ class Cluster:
         return replaced
 
     def patch(
-        self, kind: str, name: str, namespace: str | None, body: Manifest, *, merge: str = "strategic-merge"
+        self,
+        kind: str,
+        name: str,
+        namespace: str | None,
+        body: Manifest,
+        *,
+        merge: str = "strategic-merge",
+        sub: str | None = None,
     ) -> Manifest:
-        """Patch an object; `merge` is `strategic-merge` or `merge` (RFC 7386)."""
+        """Patch an object; `merge`: `strategic-merge` or `merge` (RFC 7386), `sub`: a part, as `status`."""
         patched: Manifest = self.request(
             "PATCH",
-            KINDS[kind].path(namespace, name),
+            KINDS[kind].path(namespace, name, sub),
             body=body,
             content_type=f"application/{merge}-patch+json",
             query={"fieldManager": FIELD_MANAGER},
@@ -342,7 +351,15 @@ class Cluster:
             raise
         return True
 
-    def event(self, about: Manifest, reason: str, message: str, *, component: str = "meshdemo") -> None:
+    def event(
+        self,
+        about: Manifest,
+        reason: str,
+        message: str,
+        *,
+        component: str = "meshdemo",
+        warning: bool = False,
+    ) -> None:
         """Leave an Event on an object, so that `kubectl describe` tells what meshdemo did and why."""
         meta = about["metadata"]
         namespace = meta.get("namespace", "default")
@@ -358,7 +375,7 @@ class Cluster:
                     "namespace": namespace,
                     "uid": meta.get("uid", ""),
                 },
-                "type": "Normal",
+                "type": "Warning" if warning else "Normal",
                 "reason": reason,
                 "message": message[:1024],
                 "source": {"component": component},

@@ -24,6 +24,7 @@ PROXY_PORT = 15002
 INBOUND_PORT = 15006
 PLAIN_PORT = 15020
 READY_PORT = 15021
+GATEWAY_PORT = 8080  # the edge's, in its pod
 
 # What the templates name in a `typed_config`; importing it makes it known to protobuf.
 _KNOWN = (_original_dst, _tls_inspector, _direct_response)

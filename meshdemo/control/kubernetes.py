@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from meshdemo.apps.model import App
-from meshdemo.control import discovered
-from meshdemo.control.captured import PLAIN_PORT, PROXY_PORT
+from meshdemo.apps.model import GATEWAY, App
+from meshdemo.control import discovered, ingress
+from meshdemo.control.captured import GATEWAY_PORT, PLAIN_PORT, PROXY_PORT
 from meshdemo.control.discovered import discover, version_of
 from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Instance, Intent, MeshState
@@ -43,9 +43,12 @@ AUDIENCE = "meshdemo"
 """What sidecars' tokens are good for; the API server calls a token for anything else invalid."""
 
 MESH, SERVICE, VERSION = PREFIX + "mesh", discovered.SERVICE, discovered.VERSION  # labels
+COMPONENT = "app.kubernetes.io/component"
 REVISION = PREFIX + "revision"  # annotation
 
 _RESYNC_S = 300.0
+_ABSENT_S = 30.0  # until a kind that the cluster did not have is looked for again
+_OVER = frozenset(("Succeeded", "Failed"))  # phases of pods that do not come back
 
 
 # -- who is there ------------------------------------------------------------------------------------------
@@ -70,14 +73,20 @@ class Reflector:
         fields: str = "",
         resync_s: float = _RESYNC_S,
         first_pause_s: float = 0.2,
+        absent_pause_s: float | None = None,
     ) -> None:
-        """`changed` is called in the reflector's thread after each change of `objects`."""
+        """`changed` is called in the reflector's thread after each change of `objects`.
+
+        `absent_pause_s`: the cluster may not have the kind; then there are no objects, and it is looked for
+        again after so long.
+        """
         self.listed = threading.Event()
         self._cluster, self._kind, self._namespace = cluster, kind, namespace
         self._labels, self._fields = labels, fields
         self._changed = changed
         self._resync_s = resync_s
         self._first_pause_s = first_pause_s
+        self._absent_pause_s = absent_pause_s
         self._objects: dict[str, Manifest] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"reflector of {kind}", daemon=True)
@@ -108,6 +117,10 @@ class Reflector:
                 version = ""
                 if error.status == 410:
                     continue
+                if error.status == 404 and self._absent_pause_s is not None:
+                    self._take([])
+                    self._stopping.wait(self._absent_pause_s)
+                    continue
                 log.warning("watching %s: %s", self._kind, error.message)
             except Exception:
                 version = ""
@@ -119,10 +132,13 @@ class Reflector:
         objects, version = self._cluster.listing(
             self._kind, self._namespace, labels=self._labels, fields=self._fields
         )
+        self._take(objects)
+        return version
+
+    def _take(self, objects: Iterable[Manifest]) -> None:
         self._objects = {_key(one): one for one in objects}
         self.listed.set()
         self._changed()
-        return version
 
     def _watch(self, version: str, timeout_s: float) -> str:
         for event, one in self._cluster.watch(
@@ -168,7 +184,8 @@ def mesh_state(
         for endpoint in one.get("endpoints") or ()
         if (endpoint.get("conditions") or {}).get("ready") and endpoint.get("targetRef")
     }
-    pods, services = list(pods), list(services)
+    services = list(services)
+    at_the_edge, pods = _parted(pods)
     whole = discover(app, pods, slices, services)
     app = whole.app
     addresses = {
@@ -181,7 +198,7 @@ def mesh_state(
         meta, labels = pod["metadata"], pod["metadata"].get("labels", {})
         name = whole.service_of.get(meta["name"], labels.get(SERVICE, ""))
         service = app.services.get(name)
-        if service is None or pod.get("status", {}).get("phase") in {"Succeeded", "Failed"}:
+        if service is None or pod.get("status", {}).get("phase") in _OVER:
             continue
         revision = meta.get("annotations", {}).get(REVISION, "1")
         instances.append(
@@ -204,8 +221,37 @@ def mesh_state(
         namespace=namespace,
         app=app,
         instances=tuple(instances),
+        gateways=tuple(_gateway(pod) for pod in sorted(at_the_edge, key=_key)),
         addresses=addresses,
         ports=dict(whole.ports),
+    )
+
+
+def _parted(pods: Iterable[Manifest]) -> tuple[list[Manifest], list[Manifest]]:
+    """The gateway's pods, and the others; one that merely calls itself so is neither."""
+    edge: list[Manifest] = []
+    others: list[Manifest] = []
+    for pod in pods:
+        labels = pod["metadata"].get("labels", {})
+        if labels.get(SERVICE) != GATEWAY:
+            others.append(pod)
+        elif labels.get(COMPONENT) == GATEWAY and pod.get("status", {}).get("phase") not in _OVER:
+            edge.append(pod)
+    return edge, others
+
+
+def _gateway(pod: Manifest) -> Instance:
+    return Instance(
+        id=pod["metadata"]["name"],
+        service=GATEWAY,
+        version=version_of(pod),
+        host=pod.get("status", {}).get("podIP", ""),
+        inbound_port=0,
+        outbound_port=GATEWAY_PORT,
+        metrics_port=PLAIN_PORT,
+        app_port=0,
+        ready=_is_ready(pod, serves=False, called=False),
+        leaving="deletionTimestamp" in pod["metadata"],
     )
 
 
@@ -226,15 +272,25 @@ class Source:
         self._event = asyncio.Event()
         of_mesh = f"{MESH}={mesh}"
 
-        def reflector(kind: str, *, labels: str = "", fields: str = "") -> Reflector:
-            return Reflector(cluster, kind, namespace, self._changed, labels=labels, fields=fields)
+        def reflector(
+            kind: str, *, labels: str = "", fields: str = "", absent_pause_s: float | None = None
+        ) -> Reflector:
+            return Reflector(
+                cluster, kind, namespace, self._changed, labels=labels, fields=fields,
+                absent_pause_s=absent_pause_s,
+            )  # fmt: skip
 
         self._pods = reflector("Pod", labels=f"{of_mesh},{SERVICE}")
         # Of injected pods, the Services are not ours and carry no label of ours.
         self._slices = reflector("EndpointSlice")
         self._services = reflector("Service")
         self._spec = reflector("ConfigMap", fields=f"metadata.name={SPEC}")
-        self._reflectors = (self._pods, self._slices, self._services, self._spec)
+        self._ingresses = reflector("Ingress")
+        self._http_routes = reflector("HTTPRoute", absent_pause_s=_ABSENT_S)
+        self._reflectors = (
+            self._pods, self._slices, self._services, self._spec, self._ingresses, self._http_routes,
+        )  # fmt: skip
+        self.entrance = ingress.Entrance()
 
     async def start(self) -> MeshState:
         """Start watching; the mesh as it is once everything was listed."""
@@ -257,9 +313,14 @@ class Source:
         app = app_of(self._spec.objects)
         if app is None:
             return None
-        return mesh_state(
-            self._mesh, self._namespace, app, self._pods.objects, self._slices.objects, self._services.objects
+        services = self._services.objects
+        state = mesh_state(
+            self._mesh, self._namespace, app, self._pods.objects, self._slices.objects, services
         )
+        self.entrance = ingress.translate(
+            self._ingresses.objects, self._http_routes.objects, services, state.app, self._namespace
+        )
+        return state.model_copy(update={"entries": self.entrance.entries})
 
     async def change(self) -> None:
         """Returns when something has changed since the last call."""
@@ -267,6 +328,11 @@ class Source:
         # What one cause changes (a rollout, a deleted pod) comes as several events: take them together.
         await asyncio.sleep(0.01)
         self._event.clear()
+
+    @property
+    def services(self) -> list[Manifest]:
+        """The Services of the namespace."""
+        return self._services.objects
 
     @property
     def spec(self) -> Manifest | None:
@@ -280,7 +346,7 @@ class Source:
         run under whatever account they had.
         """
         app = app_of(self._spec.objects)
-        if app is not None and instance.service in app.services:
+        if instance.service == GATEWAY or (app is not None and instance.service in app.services):
             return instance.service
         return str(pod["spec"].get("serviceAccountName") or "default")
 
@@ -326,7 +392,7 @@ class TokenReviews:
         pod = self._source.pod(proof.pod)
         if pod is None or pod["metadata"].get("uid") != proof.uid:
             return None
-        found = next((one for one in mesh.instances if one.id == proof.pod), None)
+        found = next((one for one in mesh.sidecars if one.id == proof.pod), None)
         if found is None:
             return None
         account = self._source.account(found, pod)

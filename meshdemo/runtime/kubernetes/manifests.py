@@ -20,7 +20,8 @@ import yaml
 
 from meshdemo.apps.model import App, Service
 from meshdemo.control.bootstrap import Placement, bootstrap_files
-from meshdemo.control.captured import INBOUND_PORT, OUTBOUND_PORT, PLAIN_PORT, READY_PORT
+from meshdemo.control.captured import GATEWAY_PORT, INBOUND_PORT, OUTBOUND_PORT, PLAIN_PORT, READY_PORT
+from meshdemo.control.ingress import CLASS, CONTROLLER
 from meshdemo.control.kubernetes import API_PORT, AUDIENCE, OPEN_PORT, XDS_PORT
 from meshdemo.control.model import Instance
 from meshdemo.kube import Manifest
@@ -45,7 +46,7 @@ API_FOLDER = "/run/secrets/meshdemo"
 
 _PORTS = {
     "inbound": INBOUND_PORT, "outbound": OUTBOUND_PORT, "plain": PLAIN_PORT, "ready": READY_PORT,
-    "xds": XDS_PORT, "api": API_PORT, "open": OPEN_PORT,
+    "xds": XDS_PORT, "api": API_PORT, "open": OPEN_PORT, "gateway": GATEWAY_PORT,
 }  # fmt: skip
 
 
@@ -60,6 +61,7 @@ class Site:
     rules: str = ""  # Prometheus' recording and alert rules
     grafana: Mapping[str, str] = field(default_factory=dict)  # its provisioning, by path
     node_ports: Mapping[str, int] = field(default_factory=dict)  # Services that are on ports of the nodes
+    gateway_api: bool = False  # the cluster has the kinds of the Gateway API
     service_monitor: bool = False  # the cluster has the kind ServiceMonitor
     watch: str | None = None  # run `meshdemo watch` in the cluster, by this policy
 
@@ -125,6 +127,15 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
             found[service] = _render("service", spec.mesh, site, **_of_service(spec.app, service))
     for key in spec.workloads:
         found[key] = _workload(spec, site, key)
+    found["gateway"] = _render(
+        "gateway",
+        spec.mesh,
+        site,
+        node_ports=site.node_ports,
+        gateway_api=site.gateway_api,
+        ingress_class=CLASS,
+        controller=CONTROLLER,
+    )
     if site.observability:
         found |= _observability(spec, site)
     if site.service_monitor:

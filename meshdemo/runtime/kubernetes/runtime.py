@@ -15,6 +15,7 @@ from functools import cached_property
 from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Any
 
+from meshdemo.apps.model import GATEWAY
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control.captured import PLAIN_PORT
 from meshdemo.errors import BadInput, Failed, Missing
@@ -147,9 +148,10 @@ class KubernetesRuntime:
         """URLs by name."""
         ports = self.record.ports
         found: dict[str, str | None] = dict.fromkeys(("gateway", "dashboard", "prometheus", "grafana"))
-        for name in ("gateway", "prometheus", "grafana"):
+        for name in (GATEWAY, "prometheus", "grafana"):
             if name in ports and self.cluster.get("Service", name, self.namespace):
-                found[name] = f"http://127.0.0.1:{ports[name]}/"
+                host = "localhost" if name == GATEWAY else "127.0.0.1"
+                found[name] = f"http://{host}:{ports[name]}/"
         return found
 
     def revisions(self, service: str, version: str) -> list[WorkloadRevision]:

@@ -24,6 +24,7 @@ from meshdemo.control.api import Control
 from meshdemo.control.model import MeshState
 from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.kube import ApiError, Cluster
+from meshdemo.runtime.kubernetes.entrance import Reporter
 from meshdemo.runtime.kubernetes.specs import SpecMap, parsed, patch_env
 from meshdemo.runtime.local.spec import MeshSpec, Timer, expired
 
@@ -53,6 +54,8 @@ class Backend(server.Backend):
             k8s.Keeper(cluster, "Secret", k8s.AUTHORITY, namespace, folder, k8s.AUTHORITY_FILES),
             k8s.Keeper(cluster, "ConfigMap", k8s.JOURNAL, namespace, folder, ("events.jsonl",)),
         )
+        self._reporter = Reporter(cluster, namespace)
+        self._changed = asyncio.Event()
         self._trust = k8s.TrustMap(cluster, namespace, folder / "trust.pem")
 
     async def start(self) -> MeshState:
@@ -76,6 +79,7 @@ class Backend(server.Backend):
             tasks.create_task(k8s.keep((*self._keepers, self._trust)))
             tasks.create_task(self._end_what_is_over())
             tasks.create_task(self._leave_events(control))
+            tasks.create_task(self._report_entrance())
 
     async def stop(self) -> None:
         """Carry back what was written last."""
@@ -84,10 +88,19 @@ class Backend(server.Backend):
             with contextlib.suppress(MeshdemoError):
                 await asyncio.to_thread(keeper.save)
 
+    async def _report_entrance(self) -> None:
+        """Tell on Ingresses and HTTPRoutes what became of them, whenever something has changed."""
+        while True:
+            entrance, services = self._source.entrance, self._source.services
+            await asyncio.to_thread(self._reporter.report, entrance, services)
+            await self._changed.wait()
+            self._changed.clear()
+
     async def _refresh(self, control: Control) -> None:
         while True:
             await self._source.change()
             if mesh := self._source.mesh():
+                self._changed.set()
                 control.store.track([one.id for one in mesh.sidecars if not one.leaving])
                 try:
                     await control.plane.refresh(mesh)

@@ -18,9 +18,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshdemo.apps.model import GATEWAY
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
-from meshdemo.errors import Failed, Missing
+from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.resources import DEFAULT_POLICY
 from meshdemo.runtime.base import Step, UpOptions
@@ -29,13 +30,14 @@ from meshdemo.runtime.kubernetes.kind import Kind
 from meshdemo.runtime.kubernetes.record import Record
 from meshdemo.runtime.kubernetes.specs import deployment_of, initial_load
 from meshdemo.runtime.local import spec as specs
+from meshdemo.runtime.local.ports import free_gateway_port
 from meshdemo.runtime.steps import pause
 
 if TYPE_CHECKING:
     from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
 
 OLDEST = (1, 30)  # native sidecars and the `sleep` of preStop by default
-_NODE_PORTS = {"prometheus": 30090, "grafana": 30300}
+_NODE_PORTS = {"gateway": 30081, "prometheus": 30090, "grafana": 30300}
 _GONE_S = 120.0
 _SAY_WHY_S = 2.0  # so long before the time is over a step gives up, to say why
 _WATCH = "watch"
@@ -94,6 +96,7 @@ class _Up:
         self._references = {name: recipe.reference(registry) for name, recipe in self._recipes.items()}
         # Wrong options are refused before anything is begun.
         self._wanted(None)
+        self._check_gateway_port()
 
     def _asked(self, name: str, otherwise: bool) -> bool:
         asked = self._extra.get(name)
@@ -101,6 +104,27 @@ class _Up:
 
     def _wanted(self, running: specs.MeshSpec | None) -> specs.MeshSpec:
         return specs.wanted(self._options, running, now=time.time(), runs_images=True)
+
+    def _check_gateway_port(self) -> None:
+        """Raises BadInput for a port that cannot be had."""
+        asked = self._extra.get("gateway_port")
+        if asked is None:
+            return
+        if self._runtime.kind != "kind":
+            raise BadInput(
+                f"--gateway-port {asked}: there is no such port on the runtime 'kubernetes'",
+                "reach the gateway with `kubectl port-forward`, an Ingress or a Service of your own",
+            )
+        before = self._before
+        if before is None:
+            free_gateway_port(asked)
+        elif before.ports.get(GATEWAY) != asked:
+            now = before.ports.get(GATEWAY)
+            raise BadInput(
+                f"--gateway-port {asked}: the kind cluster '{before.cluster}' has "
+                + (f"its gateway at port {now}" if now else "no port for it"),
+                "ports are given when the cluster is made: `meshdemo down` first, or leave the option out",
+            )
 
     # -- is there anything to do? --------------------------------------------------------------------------
 
@@ -125,7 +149,7 @@ class _Up:
         except (Missing, ApiError):
             return False
         there = {one["metadata"]["name"]: one for one in found}
-        expected = {deployment_of(one) for one in wanted.workloads.values()} | {images.CONTROL_PLANE}
+        expected = {deployment_of(one) for one in wanted.workloads.values()} | {images.CONTROL_PLANE, GATEWAY}
         expected |= {_WATCH} if self._watches else set()
         welcome = set(manifests.OBSERVABILITY) if self._observes else set()
         used = {
@@ -173,7 +197,10 @@ class _Up:
             ]
         base = step("Preparing the namespace", self._prepare, cluster)
         needs = [base, *there]
-        ready = [step("Starting the control plane", self._start(images.CONTROL_PLANE), *needs)]
+        ready = [
+            step("Starting the control plane", self._start(images.CONTROL_PLANE), *needs),
+            step("Starting the gateway", self._start(GATEWAY), *needs),
+        ]
         for key, workload in self._wanted(self._running).workloads.items():
             count = "1 instance" if workload.instances == 1 else f"{workload.instances} instances"
             name = f"Starting {workload.service} {workload.version} ({count})"
@@ -241,6 +268,7 @@ class _Up:
             self._kind.delete(name, access)  # an `up` that was killed left half of it
         workers = int(self._extra.get("workers") or 0)
         ports = {endpoint: _free_port() for endpoint in _NODE_PORTS}
+        ports[GATEWAY] = free_gateway_port(self._extra.get("gateway_port"))
         self._remember(Record(kind="kind", mesh=name, cluster=name, made_cluster=True, ports=ports))
         config = manifests.kind_config(
             workers=workers, ports={_NODE_PORTS[endpoint]: port for endpoint, port in ports.items()}
@@ -312,7 +340,8 @@ class _Up:
             observability=self._observes,
             rules=str(self._extra.get("prometheus_rules") or ""),
             grafana=self._extra.get("grafana") or {},
-            node_ports=_NODE_PORTS if runtime.record.ports else {},
+            node_ports={name: port for name, port in _NODE_PORTS.items() if name in runtime.record.ports},
+            gateway_api=runtime.cluster.serves("HTTPRoute"),
             service_monitor=runtime.cluster.serves("ServiceMonitor"),
             watch=DEFAULT_POLICY.read_text() if self._watches else None,
         )
@@ -419,6 +448,11 @@ class _Up:
             if self._left() <= 1:
                 raise Failed(f"{problem} after {self._options.timeout_s:g} s", "`meshdemo logs` may tell why")
             pause(0.2)
+        if GATEWAY not in runtime.record.ports:
+            runtime.notes.append(
+                "the gateway has no port on this machine; to reach it: "
+                f"kubectl port-forward -n {runtime.namespace} service/{GATEWAY} 8081:80"
+            )
         control, rate = runtime.control(), initial_load(self._spec)
         if rate is not None and (self._options.rps is not None or control.intent().load_rps is None):
             tell("setting the load")
@@ -479,7 +513,7 @@ def remove(found: Record) -> list[str]:
 def _remove_objects(cluster: Cluster, found: Record) -> list[str]:
     removed = []
     labels = f"{k8s.MESH}={found.mesh}"
-    for kind in ("ClusterRoleBinding", "ClusterRole"):
+    for kind in ("ClusterRoleBinding", "ClusterRole", "IngressClass", "GatewayClass"):
         for one in cluster.find(kind, labels=labels):
             cluster.delete(kind, one["metadata"]["name"])
             removed.append(f"{kind} {one['metadata']['name']}")

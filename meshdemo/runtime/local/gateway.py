@@ -8,62 +8,18 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-import psutil
-
 from meshdemo.apps.model import GATEWAY
 from meshdemo.control.model import Instance
-from meshdemo.errors import BadInput
 from meshdemo.runtime.local.files import write_atomic
 from meshdemo.runtime.local.keeper import BoundedLog, Keeper, Plan
-from meshdemo.runtime.local.ports import LOOPBACK, Port
+from meshdemo.runtime.local.ports import LOOPBACK, Port, gateway_port
 from meshdemo.runtime.local.probe import listening
 from meshdemo.runtime.local.unit import LISTENERS_PATIENCE, Surroundings
 
-DEFAULT_PORT = 8081
 _ADMIN = 0  # instances' sidecars count from 1
-
-
-def take(asked: int | None) -> Port:
-    """The port that was asked for; if none was, the default one, or a free one where that is taken.
-
-    Raises BadInput if the port that was asked for cannot be had.
-    """
-    try:
-        return Port(asked or DEFAULT_PORT)
-    except PermissionError:
-        if asked is not None:
-            raise BadInput(
-                f"--gateway-port {asked}: you may not use this port", "give another one, 1024 to 65535"
-            ) from None
-    except OSError:
-        if asked is not None:
-            raise BadInput(
-                f"--gateway-port {asked}: the port is taken{_by_whom(asked)}",
-                "give another one, 1 to 65535; without --gateway-port a free one is found",
-            ) from None
-    return Port()
-
-
-def check(asked: int) -> None:
-    """Raises BadInput if this port cannot be had just now."""
-    take(asked).release()
-
-
-def _by_whom(port: int) -> str:
-    """The program that listens on a port, as far as that may be known."""
-    return next((f" by {name} (process {pid})" for name, pid in _listeners(port)), "")
-
-
-def _listeners(port: int) -> Iterator[tuple[str, int]]:
-    with suppress(psutil.Error):
-        for one in psutil.net_connections("tcp"):
-            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port and one.pid:
-                yield psutil.Process(one.pid).name(), one.pid
 
 
 class Gateway:
@@ -77,7 +33,7 @@ class Gateway:
         self._around = around
         self._asked = asked
         self._blind = 0
-        self.port = take(asked)
+        self.port = gateway_port(asked)
         self._metrics = Port()
         self._token = secrets.token_urlsafe(32)
         self.folder = around.paths.instance(GATEWAY)
@@ -114,7 +70,7 @@ class Gateway:
         if asked is None or asked == self.port.number:
             self._asked = asked
             return
-        port = take(asked)
+        port = gateway_port(asked)
         self._asked, self.port, old = asked, port, self.port
         old.release()
         if self.keeper.starts:

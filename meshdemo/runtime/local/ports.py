@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+from meshdemo.errors import BadInput
 
 LOOPBACK = "127.0.0.1"
+GATEWAY_PORT = 8081
 _CAN_HOLD = sys.platform == "linux"
 
 
@@ -71,3 +75,48 @@ class Port:
 def _close(sockets: Iterable[socket.socket]) -> None:
     for one in sockets:
         one.close()
+
+
+# -- the gateway's port, which people know -----------------------------------------------------------------
+
+
+def gateway_port(asked: int | None) -> Port:
+    """The port that was asked for; if none was, the default one, or a free one where that is taken.
+
+    Raises BadInput if the port that was asked for cannot be had.
+    """
+    try:
+        return Port(asked or GATEWAY_PORT)
+    except PermissionError:
+        if asked is not None:
+            raise BadInput(
+                f"--gateway-port {asked}: you may not use this port", "give another one, 1024 to 65535"
+            ) from None
+    except OSError:
+        if asked is not None:
+            raise BadInput(
+                f"--gateway-port {asked}: the port is taken{_by_whom(asked)}",
+                "give another one, 1 to 65535; without --gateway-port a free one is found",
+            ) from None
+    return Port()
+
+
+def free_gateway_port(asked: int | None) -> int:
+    """The same for a program that will bind it in a moment. Raises BadInput."""
+    port = gateway_port(asked)
+    port.release()
+    return port.number
+
+
+def _by_whom(port: int) -> str:
+    """The program that listens on a port, as far as that may be known."""
+    return next((f" by {name} (process {pid})" for name, pid in _listeners(port)), "")
+
+
+def _listeners(port: int) -> Iterator[tuple[str, int]]:
+    import psutil
+
+    with suppress(psutil.Error):
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port and one.pid:
+                yield psutil.Process(one.pid).name(), one.pid

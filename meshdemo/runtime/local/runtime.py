@@ -22,6 +22,7 @@ from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.runtime.local.client import SupervisorClient, told
 from meshdemo.runtime.local.files import Lock, locked, write_atomic
 from meshdemo.runtime.local.paths import MeshPaths
+from meshdemo.runtime.local.ports import GATEWAY_PORT, free_gateway_port
 from meshdemo.runtime.steps import pause
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ class LocalRuntime:
         if ready and not specs.differences(before, wanted):
             return []
         if wanted.gateway_port and (running is None or running["gateway_port"] != wanted.gateway_port):
-            from meshdemo.runtime.local import gateway
-
-            gateway.check(wanted.gateway_port)  # before anything is begun
+            free_gateway_port(wanted.gateway_port)  # what is wrong with it is said before anything is begun
         up = _Up(
             self,
             wanted,
@@ -244,12 +243,10 @@ class LocalRuntime:
 
     def note_gateway(self) -> None:
         """Say where the gateway is, if that is not where it is expected."""
-        from meshdemo.runtime.local.gateway import DEFAULT_PORT
-
         description = self._describe()
         named = description["spec"]["gateway_port"] is not None
-        if not named and description["gateway_port"] != DEFAULT_PORT:
-            self.notes.append(f"port {DEFAULT_PORT} is taken; the gateway is {gateway_url(description)}")
+        if not named and description["gateway_port"] != GATEWAY_PORT:
+            self.notes.append(f"port {GATEWAY_PORT} is taken; the gateway is {gateway_url(description)}")
 
     def control(self) -> ControlClient:
         """A client of the control plane's API."""

@@ -1,0 +1,291 @@
+"""Ingress and HTTPRoute objects -> where the gateway leads. Pure.
+
+Ingresses of the class `meshdemo` are obeyed, and HTTPRoutes whose parent is the Gateway `meshdemo`; they may
+name services of the mesh. What cannot be obeyed is said (a `Problem`), and the rest goes on. Requests for
+what leads nowhere are answered with 503.
+
+Ingress: https://kubernetes.io/docs/reference/kubernetes-api/service-resources/ingress-v1/
+HTTPRoute: https://gateway-api.sigs.k8s.io/reference/spec/#httproute
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meshdemo.apps.model import App
+from meshdemo.control.model import Entry
+from meshdemo.kube import PREFIX, Manifest
+
+CLASS = "meshdemo"
+"""The IngressClass, and the Gateway that HTTPRoutes name as their parent."""
+
+CONTROLLER = PREFIX + "gateway"
+_OLD_CLASS = "kubernetes.io/ingress.class"  # the annotation of before there were IngressClasses
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with an object. `reason`: for machines; `bad_reference`: it names what is not there."""
+
+    reason: str
+    message: str
+    bad_reference: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """An object that is ours to obey, and what is wrong with it."""
+
+    manifest: Manifest
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """What the objects of a cluster ask for."""
+
+    entries: tuple[Entry, ...] = ()
+    ingresses: tuple[Verdict, ...] = ()
+    routes: tuple[Verdict, ...] = ()
+
+
+def translate(
+    ingresses: Iterable[Manifest],
+    routes: Iterable[Manifest],
+    services: Iterable[Manifest],
+    app: App,
+    namespace: str,
+) -> Entrance:
+    """What these objects ask for. `services`: the Services there are; `app`: all services of the mesh."""
+    known = _Known(app, {one["metadata"]["name"]: one for one in services}, namespace)
+    entries: list[Entry] = []
+    found: dict[str, list[Verdict]] = {"Ingress": [], "HTTPRoute": []}
+    for kind, objects, is_ours, read in (
+        ("Ingress", ingresses, _is_ours, _of_ingress),
+        ("HTTPRoute", routes, lambda one: bool(_our_parents(one, namespace)), _of_route),
+    ):
+        for one in sorted(objects, key=_age):
+            if is_ours(one):
+                problems: list[Problem] = []
+                entries += read(one, known, problems)
+                found[kind].append(Verdict(one, tuple(dict.fromkeys(problems))))
+    return Entrance(tuple(entries), tuple(found["Ingress"]), tuple(found["HTTPRoute"]))
+
+
+def _age(one: Manifest) -> tuple[str, str]:
+    """Of objects that want the same the older one gets it."""
+    return str(one["metadata"].get("creationTimestamp", "")), str(one["metadata"]["name"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    app: App
+    services: Mapping[str, Manifest]
+    namespace: str
+
+    def backend(self, name: str, port: int | str | None) -> str | Problem:
+        """The service that an object means, or why there is none."""
+        service = self.app.services.get(name)
+        if service is None:
+            there = ", ".join(self.app.services)
+            return Problem(
+                "BackendNotFound", f"service '{name}' is not in the mesh; there are: {there}", True
+            )
+        if service.protocol == "tcp":
+            return Problem("UnsupportedProtocol", f"service '{name}' does not speak HTTP", True)
+        ports = self.services.get(name, {}).get("spec", {}).get("ports") or ()
+        if port is not None and ports:
+            mesh_port = ports[0]  # the one that the mesh carries
+            if port not in (mesh_port["port"], mesh_port.get("name")):
+                has = (
+                    f"{mesh_port['port']} ({mesh_port['name']})"
+                    if mesh_port.get("name")
+                    else mesh_port["port"]
+                )
+                message = f"service '{name}' is in the mesh by its port {has}, not {port}"
+                return Problem("BackendNotFound", message, True)
+        return name
+
+
+# -- Ingress -----------------------------------------------------------------------------------------------
+
+
+def _is_ours(ingress: Manifest) -> bool:
+    named = ingress.get("spec", {}).get("ingressClassName")
+    return bool((named or ingress["metadata"].get("annotations", {}).get(_OLD_CLASS)) == CLASS)
+
+
+def _of_ingress(ingress: Manifest, known: _Known, problems: list[Problem]) -> Iterator[Entry]:
+    spec = ingress.get("spec", {})
+    if spec.get("tls"):
+        problems.append(Problem("TLSIgnored", "this gateway speaks HTTP without TLS; `tls` has no effect"))
+    for rule in spec.get("rules") or ():
+        for path in (rule.get("http") or {}).get("paths") or ():
+            where = path.get("path") or "/"
+            if not where.startswith("/"):
+                problems.append(Problem("InvalidPath", f"path '{where}' does not start with '/'"))
+                continue
+            yield Entry(
+                host=rule.get("host") or "*",
+                path=where,
+                exact=path.get("pathType") == "Exact",
+                backends=_ingress_backend(path.get("backend") or {}, known, problems),
+            )
+    if spec.get("defaultBackend"):
+        yield Entry(default=True, backends=_ingress_backend(spec["defaultBackend"], known, problems))
+
+
+def _ingress_backend(backend: Mapping[str, Any], known: _Known, problems: list[Problem]) -> dict[str, int]:
+    service = backend.get("service")
+    if not service:
+        problems.append(Problem("UnsupportedBackend", "a backend must be a service"))
+        return {}
+    port = service.get("port") or {}
+    found = known.backend(str(service.get("name")), port.get("number") or port.get("name"))
+    if isinstance(found, Problem):
+        problems.append(found)
+        return {}
+    return {found: 1}
+
+
+def load_balancer(services: Iterable[Manifest]) -> list[dict[str, str]]:
+    """Where the gateway is, for the status of Ingresses: as its own Service says, else that one's address."""
+    for one in services:
+        if one["metadata"]["name"] == "gateway":
+            published = (one.get("status", {}).get("loadBalancer") or {}).get("ingress") or []
+            address = one.get("spec", {}).get("clusterIP", "None")
+            fallback = [{"ip": address}] if address not in ("None", "") else []
+            return [
+                {key: str(at[key]) for key in ("ip", "hostname") if at.get(key)} for at in published
+            ] or fallback
+    return []
+
+
+def ingress_status(ingress: Manifest, at: Sequence[Mapping[str, str]]) -> dict[str, Any] | None:
+    """The status that an Ingress should have; None if it has it."""
+    now = (ingress.get("status", {}).get("loadBalancer") or {}).get("ingress") or []
+    bare = [{key: one[key] for key in ("ip", "hostname") if one.get(key)} for one in now]
+    return None if bare == list(at) else {"loadBalancer": {"ingress": [dict(one) for one in at]}}
+
+
+# -- HTTPRoute ---------------------------------------------------------------------------------------------
+
+
+def _our_parents(route: Manifest, namespace: str) -> list[dict[str, Any]]:
+    return [
+        parent
+        for parent in route.get("spec", {}).get("parentRefs") or ()
+        if parent.get("name") == CLASS
+        and parent.get("kind", "Gateway") == "Gateway"
+        and parent.get("namespace", namespace) == namespace
+    ]
+
+
+def _of_route(route: Manifest, known: _Known, problems: list[Problem]) -> Iterator[Entry]:
+    spec = route.get("spec", {})
+    for rule in spec.get("rules") or ():
+        backends = _route_backends(rule, known, problems)
+        for match in rule.get("matches") or [{}]:
+            unsupported = _unsupported(match)
+            if unsupported:
+                problems.append(Problem("UnsupportedValue", unsupported))
+                continue
+            path = match.get("path") or {}
+            for host in spec.get("hostnames") or ["*"]:
+                yield Entry(
+                    host=host,
+                    path=path.get("value") or "/",
+                    exact=path.get("type") == "Exact",
+                    method=match.get("method"),
+                    headers=tuple(
+                        (header["name"].lower(), header["value"]) for header in match.get("headers") or ()
+                    ),
+                    backends=backends,
+                )
+
+
+def _unsupported(match: Mapping[str, Any]) -> str:
+    kinds = [match.get("path") or {}, *(match.get("headers") or ())]
+    if any(one.get("type") == "RegularExpression" for one in kinds):
+        return "this gateway matches no regular expressions"
+    return "this gateway matches no query parameters" if match.get("queryParams") else ""
+
+
+def _route_backends(rule: Mapping[str, Any], known: _Known, problems: list[Problem]) -> dict[str, int]:
+    named = rule.get("backendRefs") or ()
+    filters = [*(rule.get("filters") or ()), *(f for one in named for f in one.get("filters") or ())]
+    if filters:
+        # What a filter should do must not be left out in silence (a redirect, a header that is to go).
+        kinds = ", ".join(str(one.get("type")) for one in filters)
+        problems.append(Problem("UnsupportedValue", f"this gateway has no filters: {kinds}"))
+        return {}
+    if rule.get("timeouts"):
+        problems.append(Problem("UnsupportedValue", "`timeouts` has no effect; see `meshdemo traffic set`"))
+    backends: dict[str, int] = {}
+    for one in named:
+        if one.get("kind", "Service") != "Service" or one.get("group"):
+            problems.append(
+                Problem("InvalidKind", f"a backend must be a Service, not {one.get('kind')}", True)
+            )
+            continue
+        if one.get("namespace", known.namespace) != known.namespace:
+            message = f"service '{one['name']}' is in another namespace: {one['namespace']}"
+            problems.append(Problem("RefNotPermitted", message, True))
+            continue
+        found = known.backend(str(one.get("name")), one.get("port"))
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            backends[found] = backends.get(found, 0) + int(one.get("weight", 1))
+    return backends
+
+
+def route_status(verdict: Verdict, namespace: str, now: str) -> dict[str, Any] | None:
+    """The status that an HTTPRoute should have; None if it has it. `now`: RFC 3339."""
+    route = verdict.manifest
+    before = route.get("status", {}).get("parents") or []
+    ours = [
+        {
+            "parentRef": parent,
+            "controllerName": CONTROLLER,
+            "conditions": _conditions(verdict, before, parent, now),
+        }
+        for parent in _our_parents(route, namespace)
+    ]
+    mine = [one for one in before if one.get("controllerName") == CONTROLLER]
+    if mine == ours:
+        return None
+    return {"parents": [*(one for one in before if one.get("controllerName") != CONTROLLER), *ours]}
+
+
+def _conditions(
+    verdict: Verdict, before: Iterable[Mapping[str, Any]], parent: Mapping[str, Any], now: str
+) -> list[dict[str, Any]]:
+    rejected = [one for one in verdict.problems if not one.bad_reference]
+    unresolved = [one for one in verdict.problems if one.bad_reference]
+    former = {
+        one["type"]: one
+        for of in before
+        if of.get("controllerName") == CONTROLLER and of.get("parentRef") == parent
+        for one in of.get("conditions") or ()
+    }
+    made = []
+    for kind, problems, well in (
+        ("Accepted", rejected, "Accepted"),
+        ("ResolvedRefs", unresolved, "ResolvedRefs"),
+    ):
+        condition = {
+            "type": kind,
+            "status": "False" if problems else "True",
+            "reason": problems[0].reason if problems else well,
+            "message": "; ".join(one.message for one in problems)[:32768],
+            "observedGeneration": verdict.manifest["metadata"].get("generation", 0),
+            "lastTransitionTime": now,
+        }
+        old = former.get(kind)
+        if old is not None and old.get("status") == condition["status"]:
+            condition["lastTransitionTime"] = old.get("lastTransitionTime", now)
+        made.append(condition)
+    return made
