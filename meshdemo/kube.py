@@ -14,18 +14,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
-
-import urllib3
-from kubernetes import client as api
-from kubernetes import config as api_config
-from kubernetes.dynamic import DynamicClient
-from kubernetes.dynamic.exceptions import DynamicApiError
+from typing import TYPE_CHECKING, Any
 
 from meshdemo.errors import BadInput, Failed, Missing
 
+# The client takes most of a second to load: it is loaded by whoever connects, not by whoever has to do with
+# manifests.
+if TYPE_CHECKING:
+    from kubernetes import client as api
+    from kubernetes.dynamic import DynamicClient
+    from kubernetes.dynamic.exceptions import DynamicApiError
+
 FIELD_MANAGER = "meshdemo"
-PREFIX = "meshdemo.dev/"  # of the labels and annotations that are ours
 
 Manifest = dict[str, Any]
 
@@ -111,6 +111,9 @@ class Cluster:
     """
 
     def __init__(self, configuration: api.Configuration, *, patience_s: float = PATIENCE_S) -> None:
+        from kubernetes import client as api
+        from kubernetes.dynamic import DynamicClient
+
         self.configuration = configuration
         self.url: str = configuration.host
         self._patience_s = patience_s
@@ -124,6 +127,9 @@ class Cluster:
         path: Path | None = None, context: str | None = None, *, patience_s: float = PATIENCE_S
     ) -> Cluster:
         """The cluster of a kubeconfig (default: the user's, as kubectl finds it) and a context (current)."""
+        from kubernetes import client as api
+        from kubernetes import config as api_config
+
         configuration = api.Configuration()
         try:
             api_config.load_kube_config(
@@ -145,6 +151,9 @@ class Cluster:
     @staticmethod
     def inside(*, patience_s: float = PATIENCE_S) -> Cluster:
         """The cluster that this process runs in, as its service account."""
+        from kubernetes import client as api
+        from kubernetes import config as api_config
+
         configuration = api.Configuration()
         api_config.load_incluster_config(client_configuration=configuration)
         return Cluster(configuration, patience_s=patience_s)
@@ -165,6 +174,9 @@ class Cluster:
 
         What is asked may be asked twice: it applies, or names what it creates.
         """
+        import urllib3
+        from kubernetes.dynamic.exceptions import DynamicApiError
+
         give_up = min(time.monotonic() + self._patience_s, self.deadline)
         pauses = chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
         if read_timeout_s is not None:
@@ -264,6 +276,8 @@ class Cluster:
             "watch": "true", "resourceVersion": resource_version, "allowWatchBookmarks": "true",
             "timeoutSeconds": str(max(1, round(timeout_s))), "labelSelector": labels, "fieldSelector": fields,
         }  # fmt: skip
+        import urllib3
+
         response = self.request(
             "GET",
             KINDS[kind].path(namespace),
@@ -408,6 +422,8 @@ class Cluster:
             "follow": "true" if follow else None,
             "previous": "true" if previous else None,
         }
+        import urllib3
+
         try:
             response = self.request(
                 "GET",
@@ -438,6 +454,8 @@ def lines(response: Any) -> Iterator[bytes]:
 
 
 def _contexts(path: Path | None) -> list[str]:
+    from kubernetes import config as api_config
+
     try:
         contexts, _ = api_config.list_kube_config_contexts(config_file=str(path) if path else None)
     except (api_config.ConfigException, OSError):
@@ -469,6 +487,8 @@ def _api_error(method: str, path: str, error: DynamicApiError) -> ApiError:
 
 def _cause(error: BaseException) -> str:
     """The innermost reason, in one line (urllib3 wraps it several times)."""
+    import urllib3
+
     while isinstance(reason := getattr(error, "reason", None), BaseException):
         error = reason
     text = str(error)

@@ -24,6 +24,8 @@ from meshdemo.control.discovered import declared
 from meshdemo.control.model import Intent, MeshState
 from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.kube import ApiError, Cluster
+from meshdemo.names import MESH as MESH_LABEL
+from meshdemo.names import REVISION, SERVICE, VERSION
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import apply, lease
 from meshdemo.runtime.kubernetes.runtime import autoscalers
@@ -333,9 +335,9 @@ def test_everything_is_listed_again_now_and_then(server: ApiServer) -> None:
 def app_pod(
     name: str, service: str = "service-b", *, revision: str = "1", ip: str = "10.0.0.1", **meta: Any
 ) -> dict[str, Any]:
-    labels = {k8s.MESH: "m", k8s.SERVICE: service, k8s.VERSION: "v1"}
+    labels = {MESH_LABEL: "m", SERVICE: service, VERSION: "v1"}
     return {
-        "metadata": {"name": name, "uid": f"uid-{name}", "labels": labels, "annotations": {k8s.REVISION: revision}, **meta},
+        "metadata": {"name": name, "uid": f"uid-{name}", "labels": labels, "annotations": {REVISION: revision}, **meta},
         "status": {"phase": "Running", "podIP": ip},
     }  # fmt: skip
 
@@ -384,7 +386,7 @@ def injected(
     name: str, label: str, *, version: str = "v1", account: str = "default", **spec: Any
 ) -> dict[str, Any]:
     found = app_pod(name, service=label)
-    found["metadata"]["labels"][k8s.VERSION] = version
+    found["metadata"]["labels"][VERSION] = version
     return {**found, "spec": {"serviceAccountName": account, "containers": [{"name": "c", **spec}]}}
 
 

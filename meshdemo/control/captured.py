@@ -18,13 +18,7 @@ from envoy.extensions.filters.listener.original_dst.v3 import original_dst_pb2 a
 from envoy.extensions.filters.listener.tls_inspector.v3 import tls_inspector_pb2 as _tls_inspector
 from envoy.extensions.filters.network.direct_response.v3 import config_pb2 as _direct_response
 
-# Where a sidecar listens in its pod.
-OUTBOUND_PORT = 15001
-PROXY_PORT = 15002
-INBOUND_PORT = 15006
-PLAIN_PORT = 15020
-READY_PORT = 15021
-GATEWAY_PORT = 8080  # the edge's, in its pod
+from meshdemo.names import PROXY_PORT
 
 # What the templates name in a `typed_config`; importing it makes it known to protobuf.
 _KNOWN = (_original_dst, _tls_inspector, _direct_response)

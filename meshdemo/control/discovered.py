@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshdemo.apps.model import App, Protocol, Service, Workload
-from meshdemo.kube import PREFIX, Manifest
+from meshdemo.kube import Manifest
+from meshdemo.names import SERVICE, VERSION
 
-SERVICE, VERSION = PREFIX + "service", PREFIX + "version"  # labels of a meshed pod
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _NOBODYS_PORT = 1  # of a pod that nobody calls
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")

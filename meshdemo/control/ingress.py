@@ -16,7 +16,8 @@ from typing import Any
 
 from meshdemo.apps.model import App
 from meshdemo.control.model import Entry
-from meshdemo.kube import PREFIX, Manifest
+from meshdemo.kube import Manifest
+from meshdemo.names import PREFIX
 
 CLASS = "meshdemo"
 """The IngressClass, and the Gateway that HTTPRoutes name as their parent."""

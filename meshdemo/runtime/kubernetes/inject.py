@@ -14,10 +14,10 @@ from typing import Any, Literal
 import yaml
 
 from meshdemo.errors import BadInput
+from meshdemo.names import PREFIX
 from meshdemo.runtime.kubernetes import yamledit
 from meshdemo.runtime.kubernetes.yamledit import Edit, NotEditable
 
-PREFIX = "meshdemo.dev/"
 INJECT = PREFIX + "inject"  # annotation of the user: "disabled" leaves a workload alone
 INJECTED = PREFIX + "injected"  # annotation of ours: what was put where there was null, as JSON
 # Containers by which other meshes are known.

@@ -11,23 +11,30 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
-import jinja2
 import yaml
 
 from meshdemo.apps.model import App, Service
 from meshdemo.control.bootstrap import Placement, bootstrap_files
-from meshdemo.control.captured import GATEWAY_PORT, INBOUND_PORT, OUTBOUND_PORT, PLAIN_PORT, READY_PORT
 from meshdemo.control.ingress import CLASS, CONTROLLER
-from meshdemo.control.kubernetes import API_PORT, AUDIENCE, OPEN_PORT, XDS_PORT
 from meshdemo.control.model import Instance
 from meshdemo.kube import Manifest
-from meshdemo.resources import TEMPLATES
+from meshdemo.names import INBOUND_PORT, OUTBOUND_PORT, PLAIN_PORT, XDS_PORT
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import images
+from meshdemo.runtime.kubernetes.pieces import (
+    API_FOLDER,
+    CONFIG_FOLDER,
+    PORTS,
+    RUN_FOLDER,
+    STATE_FOLDER,
+    Loader,
+    common,
+    environment,
+    redirect_rules,
+)  # fmt: skip
 from meshdemo.runtime.kubernetes.record import Record
 from meshdemo.runtime.kubernetes.specs import deployment_of
 from meshdemo.runtime.local.spec import MeshSpec, wanted
@@ -35,19 +42,6 @@ from meshdemo.runtime.local.spec import MeshSpec, wanted
 PROMETHEUS_IMAGE = "prom/prometheus:v3.5.0"
 GRAFANA_IMAGE = "grafana/grafana:12.1.1"
 OBSERVABILITY = ("prometheus", "grafana")
-
-APP_USER = 65532
-SIDECAR_USER = 1337
-# Where containers find things.
-CONFIG_FOLDER = "/etc/meshdemo"
-RUN_FOLDER = "/run/meshdemo"
-STATE_FOLDER = "/var/lib/meshdemo"
-API_FOLDER = "/run/secrets/meshdemo"
-
-_PORTS = {
-    "inbound": INBOUND_PORT, "outbound": OUTBOUND_PORT, "plain": PLAIN_PORT, "ready": READY_PORT,
-    "xds": XDS_PORT, "api": API_PORT, "open": OPEN_PORT, "gateway": GATEWAY_PORT,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +89,7 @@ def objects(spec: MeshSpec, site: Site) -> list[Manifest]:
     return [
         manifest
         for text in documents(spec, site).values()
-        for manifest in yaml.load_all(text, Loader=_Loader)
+        for manifest in yaml.load_all(text, Loader=Loader)
         if manifest
     ]
 
@@ -149,8 +143,8 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
 
 
 def _observability(spec: MeshSpec, site: Site) -> dict[str, str]:
-    template = _environment().get_template("kubernetes/prometheus.yml.j2")
-    config = template.render(mesh=spec.mesh, namespace=site.namespace, ports=_PORTS)
+    template = environment().get_template("kubernetes/prometheus.yml.j2")
+    config = template.render(mesh=spec.mesh, namespace=site.namespace, ports=PORTS)
     return {
         "prometheus": _render(
             "prometheus",
@@ -182,7 +176,7 @@ def _hash(*texts: str) -> str:
 def namespace(mesh: str, name: str) -> Manifest:
     """The namespace of a mesh."""
     text = _render("namespace", mesh, Site(namespace=name, images={}))
-    manifest: Manifest = yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    manifest: Manifest = yaml.load(text, Loader=Loader)  # noqa: S506 - a safe loader
     return manifest
 
 
@@ -251,72 +245,17 @@ def _sidecar_files(site: Site) -> Mapping[str, str]:
     )  # fmt: skip
 
 
-def sidecar(
-    mesh: str, image: str, *, skip_inbound: tuple[int, ...] = (), skip_outbound: tuple[int, ...] = ()
-) -> dict[str, Any]:
-    """What makes any pod a meshed one: `init_containers` and `volumes`.
-
-    Args:
-        image: of the sidecar.
-        skip_inbound, skip_outbound: ports whose traffic passes by the sidecar.
-    """
-    rules = redirect_rules(skip_inbound=skip_inbound, skip_outbound=skip_outbound)
-    values = {**_common(mesh), "namespace": mesh, "images": {"sidecar": image}, "redirect_rules": rules}
-    text = _environment().get_template("kubernetes/inject.yaml.j2").render(values)
-    found: dict[str, Any] = yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
-    return found
-
-
-def redirect_rules(*, skip_inbound: tuple[int, ...] = (), skip_outbound: tuple[int, ...] = ()) -> str:
-    """What iptables-restore is given in a pod. `skip_*`: ports whose traffic passes by the sidecar."""
-    template = _environment().get_template("kubernetes/redirect.rules.j2")
-    rules = template.render(
-        ports=_PORTS, sidecar_user=SIDECAR_USER, skip_inbound=skip_inbound, skip_outbound=skip_outbound
-    )
-    return f"{rules.strip()}\n"
-
-
 def kind_config(*, workers: int, ports: Mapping[int, int]) -> str:
     """The configuration of a kind cluster. `ports`: node port -> port of this machine."""
-    return _environment().get_template("kubernetes/kind.yaml.j2").render(workers=workers, ports=ports)
+    return environment().get_template("kubernetes/kind.yaml.j2").render(workers=workers, ports=ports)
 
 
 def _render(template: str, mesh: str, site: Site, **values: Any) -> str:
-    common = {**_common(mesh), "redirect_rules": redirect_rules()}
+    known = {**common(mesh), "redirect_rules": redirect_rules()}
     text = (
-        _environment()
+        environment()
         .get_template(f"kubernetes/{template}.yaml.j2")
-        .render(**common, namespace=site.namespace, images=site.images, **values)
+        .render(**known, namespace=site.namespace, images=site.images, **values)
     )
     text = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
     return text + "\n" if text.startswith("---") else f"---\n{text}\n"
-
-
-def _common(mesh: str) -> dict[str, Any]:
-    """What every template may speak of."""
-    return {
-        "mesh": mesh,
-        "ports": _PORTS,
-        "audience": AUDIENCE,
-        "app_user": APP_USER,
-        "sidecar_user": SIDECAR_USER,
-        "sidecar_args": [
-            "--config-path", f"{CONFIG_FOLDER}/bootstrap.yaml", "--service-node", "$(POD_NAME)",
-            "--concurrency", "1", "--disable-hot-restart", "--log-level", "warning",
-        ],
-        "folders": {"config": CONFIG_FOLDER, "run": RUN_FOLDER, "state": STATE_FOLDER, "api": API_FOLDER},
-    }  # fmt: skip
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # noqa: S701 - YAML; values go through tojson
-    )
-
-
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -15,11 +15,12 @@ from functools import cached_property
 from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Any
 
+from meshdemo import names
 from meshdemo.apps.model import GATEWAY
 from meshdemo.control import kubernetes as k8s
-from meshdemo.control.captured import PLAIN_PORT
 from meshdemo.errors import BadInput, Failed, Missing
-from meshdemo.kube import PREFIX, ApiError, Cluster, Manifest
+from meshdemo.kube import ApiError, Cluster, Manifest
+from meshdemo.names import PLAIN_PORT, PREFIX
 from meshdemo.runtime.kubernetes import apply, record
 from meshdemo.runtime.kubernetes.forward import Forward
 from meshdemo.runtime.kubernetes.specs import SpecMap, deployment_of, patch_env
@@ -89,12 +90,12 @@ class KubernetesRuntime:
                 self.spec_map.load()  # says what is missing
                 raise Missing(f"mesh '{self.name}' is not complete", f"run `meshdemo up --name {self.name}`")
             self._token = base64.b64decode(stored["data"]["token"]).decode()
-            self._forward = Forward(self.cluster, self.namespace, self._control_pod, k8s.API_PORT)
+            self._forward = Forward(self.cluster, self.namespace, self._control_pod, names.API_PORT)
         # A control plane that is being replaced is away for a few seconds.
         return ControlClient(self._forward.url, self._token, retry_s=20.0)
 
     def _control_pod(self) -> str:
-        labels = f"{k8s.MESH}={self.name},app.kubernetes.io/component={CONTROL_PLANE}"
+        labels = f"{names.MESH}={self.name},app.kubernetes.io/component={CONTROL_PLANE}"
         pods = self.cluster.find("Pod", self.namespace, labels=labels)
         ready = [pod["metadata"]["name"] for pod in pods if apply.is_ready(pod)]
         if not ready:
@@ -138,7 +139,7 @@ class KubernetesRuntime:
 
     def _mesh(self) -> MeshState:
         declared = self.spec_map.load().app
-        labels = f"{k8s.MESH}={self.name},{k8s.SERVICE}"
+        labels = f"{names.MESH}={self.name},{names.SERVICE}"
         pods = self.cluster.find("Pod", self.namespace, labels=labels)
         slices = self.cluster.find("EndpointSlice", self.namespace)
         services = self.cluster.find("Service", self.namespace)
@@ -283,7 +284,7 @@ class KubernetesRuntime:
         self._await_gone(instance)
         ours = self.spec_map.load().workloads
         labels = pod["metadata"]["labels"]
-        key = f"{labels[k8s.SERVICE]}/{labels[k8s.VERSION]}"
+        key = f"{labels[names.SERVICE]}/{labels[names.VERSION]}"
         if key in ours:
             name = deployment_of(ours[key])
             apply.await_rollout(self.cluster, self.namespace, [name], timeout_s=_ROLLOUT_S)
@@ -381,7 +382,7 @@ class KubernetesRuntime:
 
         old = self._pod(instance)
         labels = old["metadata"]["labels"]
-        service, version = labels[k8s.SERVICE], labels[k8s.VERSION]
+        service, version = labels[names.SERVICE], labels[names.VERSION]
         workload = spec.workload(service, version)
         deviation = json.loads(old["metadata"].get("annotations", {}).get(OVERRIDE, "{}"))
         wanted = specs.apply_env(specs.apply_env(workload.current.env, deviation), env)
@@ -442,7 +443,7 @@ class KubernetesRuntime:
 
     def _pod(self, instance: str) -> Manifest:
         pod = self.cluster.get("Pod", instance, self.namespace)
-        if pod is None or k8s.SERVICE not in pod["metadata"].get("labels", {}):
+        if pod is None or names.SERVICE not in pod["metadata"].get("labels", {}):
             known = ", ".join(one.id for one in self.instances()) or "none"
             raise BadInput(f"no instance '{instance}'; there are: {known}")
         return {"apiVersion": "v1", "kind": "Pod", **pod}
@@ -479,7 +480,7 @@ class KubernetesRuntime:
             raise BadInput(f"no service '{service}'; there are: {', '.join(app.services)}")
         selectors = [apply.selector(self.name, service)]
         if service is None:
-            selectors.append(f"{k8s.MESH}={self.name},app.kubernetes.io/component={CONTROL_PLANE}")
+            selectors.append(f"{names.MESH}={self.name},app.kubernetes.io/component={CONTROL_PLANE}")
         yield from read(self.cluster, self.namespace, selectors, follow)
 
     def watch_lock(self) -> AbstractContextManager[None]:
@@ -527,7 +528,7 @@ def _pod_like(
             "labels": {key: value for key, value in meta["labels"].items() if key != "pod-template-hash"},
             "annotations": {
                 **meta.get("annotations", {}),
-                k8s.REVISION: str(revision),
+                names.REVISION: str(revision),
                 OVERRIDE: json.dumps(env),
                 PREFIX + "reason": reason,
             },

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meshdemo import names
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control import server
 from meshdemo.control.api import Control
@@ -174,10 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     place = server.Place(
         state=given.state,
-        grpc_port=k8s.XDS_PORT,
-        http_port=k8s.API_PORT,
+        grpc_port=names.XDS_PORT,
+        http_port=names.API_PORT,
         grpc_host="0.0.0.0",  # noqa: S104 - sidecars come from everywhere, with TLS and their tokens
-        open_listen=f"0.0.0.0:{k8s.OPEN_PORT}",
+        open_listen=f"0.0.0.0:{names.OPEN_PORT}",
     )
     try:
         cluster = Cluster.inside(patience_s=_PATIENCE_S)

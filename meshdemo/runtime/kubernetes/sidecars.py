@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from meshdemo.apps.loader import load
-from meshdemo.control.kubernetes import MESH, SERVICE, VERSION
 from meshdemo.errors import BadInput
+from meshdemo.names import MESH, PREFIX, SERVICE, VERSION
 from meshdemo.runtime.kubernetes import images
-from meshdemo.runtime.kubernetes.inject import PREFIX, Additions, PodTemplate
-from meshdemo.runtime.kubernetes.manifests import sidecar
+from meshdemo.runtime.kubernetes.inject import Additions, PodTemplate
+from meshdemo.runtime.kubernetes.pieces import sidecar
 
 # Annotations of the user, on the workload or on its pod template.
 SKIP_INBOUND = PREFIX + "skip-inbound-ports"  # "9090,9100": traffic to these ports passes by the sidecar
@@ -22,8 +21,7 @@ _VERSION_LABELS = ("app.kubernetes.io/version", "version")
 
 def default_image(base_image: str | None = None, registry: str | None = None) -> str:
     """The sidecar's image as `up` builds it."""
-    built = images.recipes(load("pair"), base_image or images.BASE_IMAGE)
-    return built["sidecar"].reference(registry)
+    return images.sidecar(base_image or images.BASE_IMAGE).reference(registry)
 
 
 def additions(pod: PodTemplate, mesh: str, image: str) -> Additions:

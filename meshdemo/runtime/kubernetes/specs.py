@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
-from meshdemo.control.kubernetes import REVISION, SPEC
+from meshdemo.control.kubernetes import SPEC
 from meshdemo.control.model import WorkloadRevision
 from meshdemo.errors import Failed, Missing
-from meshdemo.kube import PREFIX, ApiError, Cluster, Manifest
+from meshdemo.kube import ApiError, Cluster, Manifest
+from meshdemo.names import PREFIX, REVISION
 from meshdemo.runtime.local.spec import MeshSpec, WorkloadSpec
 
 REASON = PREFIX + "reason"

@@ -18,6 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshdemo import names
 from meshdemo.apps.model import GATEWAY
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
@@ -140,7 +141,7 @@ class _Up:
             if specs.differences(running, wanted):
                 return False
             cluster, namespace = self._runtime.cluster, self._runtime.namespace
-            labels = f"{k8s.MESH}={self._options.name}"
+            labels = f"{names.MESH}={self._options.name}"
             found = cluster.find("Deployment", namespace, labels=labels)
             if cluster.serves("ServiceMonitor") and not cluster.find(
                 "ServiceMonitor", namespace, labels=labels
@@ -378,7 +379,7 @@ class _Up:
     def _remove(self, component: str) -> None:
         """Remove a part of the mesh that may be left out, and wait until it is gone."""
         cluster, namespace = self._runtime.cluster, self._runtime.namespace
-        labels = f"{k8s.MESH}={self._options.name},app.kubernetes.io/component={component}"
+        labels = f"{names.MESH}={self._options.name},app.kubernetes.io/component={component}"
         for kind in _OPTIONAL_KINDS:
             for one in cluster.find(kind, namespace, labels=labels):
                 cluster.delete(kind, one["metadata"]["name"], namespace)
@@ -412,7 +413,7 @@ class _Up:
             found = runtime.cluster.get("Deployment", name, runtime.namespace)
             if found is None or apply.rolled_out(found):
                 continue
-            labels = f"{k8s.MESH}={runtime.name},app.kubernetes.io/component={name}"
+            labels = f"{names.MESH}={runtime.name},app.kubernetes.io/component={name}"
             pods = runtime.cluster.find("Pod", runtime.namespace, labels=labels)
             troubles = [trouble for pod in pods for trouble in apply.pod_troubles(pod)]
             why = str(troubles[0]) if troubles else "it is still being started"
@@ -512,7 +513,7 @@ def remove(found: Record) -> list[str]:
 
 def _remove_objects(cluster: Cluster, found: Record) -> list[str]:
     removed = []
-    labels = f"{k8s.MESH}={found.mesh}"
+    labels = f"{names.MESH}={found.mesh}"
     for kind in ("ClusterRoleBinding", "ClusterRole", "IngressClass", "GatewayClass"):
         for one in cluster.find(kind, labels=labels):
             cluster.delete(kind, one["metadata"]["name"])
@@ -520,7 +521,7 @@ def _remove_objects(cluster: Cluster, found: Record) -> list[str]:
     namespace = cluster.get("Namespace", found.namespace)
     if namespace is None:
         return removed
-    if namespace["metadata"].get("labels", {}).get(k8s.MESH) != found.mesh:
+    if namespace["metadata"].get("labels", {}).get(names.MESH) != found.mesh:
         raise Failed(
             f"the namespace '{found.namespace}' is not of this mesh, so it stays",
             "remove from it by hand what is labelled " + labels,
