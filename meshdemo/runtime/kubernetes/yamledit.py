@@ -100,8 +100,9 @@ def keys(node: yaml.Node | None) -> dict[str, yaml.Node]:
     return {key.value: value for key, value in entries if isinstance(key, yaml.ScalarNode)}
 
 
+@functools.lru_cache(maxsize=1)
 def line_end(text: str) -> str:
-    """The line end that the text uses."""
+    """The line end that the text uses; remembered, for each edit of a long text asks."""
     return "\r\n" if "\r\n" in text else "\n"
 
 
@@ -214,7 +215,7 @@ def _indented(value: str, column: int, newline: str) -> str:
     return newline.join([first, *(indent + line if line else "" for line in rest)]) + newline + indent
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc] # a base known at run time
     """Text of several lines as a block, which people can read."""
 
 
