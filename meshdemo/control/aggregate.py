@@ -66,6 +66,9 @@ class _Sum:
     refused: int = 0
     mirrored: int = 0
     mirrored_failures: int = 0
+    connections: int = 0
+    received: int = 0
+    sent: int = 0
     overdue: int = 0
     effective_requests: int = 0
     effective_failures: int = 0
@@ -83,6 +86,9 @@ class _Sum:
         self.refused += cell.refused
         self.mirrored += cell.mirrored
         self.mirrored_failures += cell.mirrored_failures
+        self.connections += cell.connections
+        self.received += cell.received
+        self.sent += cell.sent
         _add(self.latency, cell.latency.counts)
         _add(self.failed_latency, cell.failed_latency.counts)
 
@@ -146,6 +152,10 @@ def signals(
         share = within.share_within(sample)
         for cell in sample.cells:
             if cell.inbound:
+                if by == "caller" and not cell.peer and (cell.received or cell.sent):
+                    continue  # bytes are not told apart by caller
+                if by == "route" and (cell.connections or cell.received or cell.sent):
+                    continue  # nor have connections a route
                 sums[_key_of_inbound(by, sample, cell)].add(cell, share)
             elif cell.peer and cell.requests and (key := _key_of_outbound(by, sample, cell)) is not None:
                 sums[key].add_effective(cell)
@@ -175,7 +185,7 @@ def edges(samples: Iterable[Sample], *, now: float, window_s: float) -> list[Edg
         for cell in sample.cells:
             if not cell.inbound and cell.identity:
                 called[sample.service, cell.peer] = cell.identity
-            if cell.inbound and (cell.requests or cell.denied):
+            if cell.inbound and (cell.requests or cell.denied or cell.connections):
                 key = (cell.peer, sample.service)
                 sums.setdefault(key, _Sum()).add(cell, within.share_within(sample))
                 before, identity = secured.get(key, (0, ""))
@@ -188,7 +198,7 @@ def edges(samples: Iterable[Sample], *, now: float, window_s: float) -> list[Edg
             {
                 "caller": key[0],
                 "service": key[1],
-                "secured": 0 < signal.requests + signal.denied == secured[key][0],
+                "secured": 0 < signal.requests + signal.denied + signal.connections == secured[key][0],
                 "identity": secured[key][1],
                 "service_identity": called.get(key, ""),
                 "rps": round(signal.rps, 3),
@@ -197,6 +207,7 @@ def edges(samples: Iterable[Sample], *, now: float, window_s: float) -> list[Edg
                 "p99_ms": _rounded(signal.latency.quantile_ms(0.99)),
                 "requests": signal.requests,
                 "denied": signal.denied,
+                "connections": signal.connections,
             }
         )
     return rows
@@ -219,6 +230,9 @@ def row(signal: Signal) -> SignalRow:
         "refused": signal.refused,
         "mirrored": signal.mirrored,
         "mirrored_failures": signal.mirrored_failures,
+        "connections": signal.connections,
+        "received_bytes": signal.received,
+        "sent_bytes": signal.sent,
         "silent": signal.silent,
         "ejected": signal.ejected,
         "window_s": round(signal.end - signal.start, 3),
@@ -307,6 +321,9 @@ def _signal(key: Key, added: _Sum, within: Window, covered: Sequence[tuple[float
         refused=added.refused,
         mirrored=added.mirrored,
         mirrored_failures=added.mirrored_failures,
+        connections=added.connections,
+        received=added.received,
+        sent=added.sent,
         silent=bool(added.scopes) and all(scope.silent for scope in added.scopes),
         ejected=bool(added.scopes) and all(scope.ejected for scope in added.scopes),
         effective_requests=added.effective_requests if instance is None else None,

@@ -74,6 +74,9 @@ class SignalRow(TypedDict):
     overdue: int
     denied: int
     refused: int
+    connections: int  # opened, of a TCP service; and the bytes from and to its callers
+    received_bytes: int
+    sent_bytes: int
     mirrored: int  # copies of requests, which are in none of the other figures
     mirrored_failures: int
     silent: bool
@@ -95,6 +98,7 @@ class EdgeRow(TypedDict):
     p99_ms: float | None
     requests: int
     denied: int
+    connections: int
 
 
 class LeaseRow(TypedDict):

@@ -41,6 +41,9 @@ class Totals:
         self._client_latency: defaultdict[tuple[str], defaultdict[int, int]] = defaultdict(
             lambda: defaultdict(int)
         )
+        # Of what is not HTTP: connections by service, version and caller; bytes by service and version.
+        self._connections: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self._bytes: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         self._events: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self._exports = 0
         self.objectives = Standings()  # as watch says
@@ -55,6 +58,12 @@ class Totals:
                     continue
                 if cell.mirrored:
                     self._mirrored[sample.service, sample.version] += cell.mirrored
+                if cell.connections:
+                    self._connections[sample.service, sample.version, cell.peer] += cell.connections
+                if cell.received or cell.sent:
+                    counted = self._bytes[sample.service, sample.version]
+                    counted[0] += cell.received
+                    counted[1] += cell.sent
                 if not (cell.requests or cell.denied):
                     continue
                 series = (sample.service, sample.version, cell.route, cell.peer)
@@ -94,6 +103,7 @@ class Totals:
             client = {key: tuple(counts) for key, counts in self._client.items()}
             client_latency = {key: dict(counts) for key, counts in self._client_latency.items()}
             events, exports = dict(self._events), self._exports
+            connections, carried = dict(self._connections), dict(self._bytes)
             mirrored = dict(self._mirrored)
 
         total = CounterMetricFamily(
@@ -120,6 +130,21 @@ class Totals:
         for workload, n in mirrored.items():
             family.add_metric(workload, n)
         yield family
+        opened = CounterMetricFamily(
+            "meshdemo_tcp_connections",
+            "Connections to a service that is not HTTP.",
+            labels=("service", "version", "caller"),
+        )
+        for who, n in connections.items():
+            opened.add_metric(who, n)
+        yield opened
+        for position, (name, words) in enumerate(
+            (("received", "Bytes that callers of such a service sent."), ("sent", "Bytes that they got."))
+        ):
+            family = CounterMetricFamily(f"meshdemo_tcp_{name}_bytes", words, labels=("service", "version"))
+            for workload, both in carried.items():
+                family.add_metric(workload, both[position])
+            yield family
         for position, (name, words) in enumerate(
             (
                 ("requests", "Requests as callers see them: retries of one count once."),

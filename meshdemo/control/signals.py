@@ -104,7 +104,8 @@ def merge(histograms: Iterable[Histogram]) -> Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Requests of one sidecar in one export that share direction, peer and route.
+    """Requests (of what is not HTTP: connections) of one sidecar in one export that share direction, peer and
+    route.
 
     inbound: `peer` is the caller's service ('' if it proved none); outbound: `peer` is the service called.
     """
@@ -123,6 +124,9 @@ class Cell:
     ejected: int = 0  # outbound: instances of it that this caller's outlier detection keeps out just now
     mirrored: int = 0  # inbound: copies of requests (`traffic set --mirror`); in none of the other figures
     mirrored_failures: int = 0  # of them, those that failed; nobody got their answer
+    connections: int = 0  # of a TCP service: opened, and led to the app
+    received: int = 0  # of a TCP service: bytes from callers; not told apart by them, so `peer` is ''
+    sent: int = 0  # bytes to them
     latency: Histogram = field(default_factory=Histogram)  # of `requests`; a reset one may have none
     failed_latency: Histogram = field(default_factory=Histogram)  # the part of `latency` that failed
 
@@ -166,6 +170,9 @@ class Signal:
     ejected: bool = False
     mirrored: int = 0  # copies of requests that were answered besides, in none of the other figures
     mirrored_failures: int = 0
+    connections: int = 0  # of a TCP service; `received` and `sent` are bytes
+    received: int = 0
+    sent: int = 0
     effective_requests: int | None = None
     effective_failures: int | None = None
 
@@ -213,7 +220,7 @@ def sample_to_json(sample: Sample) -> dict[str, Any]:
 
 _COUNTS = (
     "requests", "failures", "denied", "refused", "secured", "identity", "version", "ejected", "mirrored",
-    "mirrored_failures",
+    "mirrored_failures", "connections", "received", "sent",
 )  # fmt: skip
 
 

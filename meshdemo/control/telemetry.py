@@ -46,6 +46,13 @@ SILENT_AFTER_S = 3.0
 _REQUESTS = {"inbound.requests": True, "outbound.requests": False}  # name -> inbound
 _LATENCY = {"inbound.latency": True, "outbound.latency": False}
 _EJECTED = "cluster.outlier_detection.ejections_active"
+# Of a service that is not HTTP: connections, by caller, and the bytes of all of them together.
+_CONNECTIONS = "inbound.connections"
+_BYTES = {
+    "tcp.inbound.downstream_cx_rx_bytes_total": "received",
+    "tcp.inbound.downstream_cx_tx_bytes_total": "sent",
+}
+_TCP_DENIED = "inbound.rbac.denied"
 _IN_FLIGHT, _ARRIVED = "http.inbound.downstream_rq_active", "http.inbound.downstream_rq_total"
 
 # Envoy's flags of a response that began well and was cut off: reset by the upstream or locally, the
@@ -84,6 +91,7 @@ class Export:
 
 _Key = tuple[bool, str, str, str]  # inbound, peer, version, route
 _Attributes = tuple[tuple[str, str], ...]
+_WHOLE: _Key = (True, "", "", "")  # what is not told apart by caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,17 @@ class _Sum:
     ejected: int = 0
     mirrored: int = 0
     mirrored_failures: int = 0
+    connections: int = 0
+    received: int = 0
+    sent: int = 0
+
+    def connect(self, kind: _Kind, n: int) -> None:
+        """Take in n connections."""
+        self.connections += n
+        if kind.identity:
+            self.identity = kind.identity
+            self.secured += n
+
     codes: dict[str, int] = field(default_factory=dict)
     latency: dict[int, int] = field(default_factory=dict)
     failed_latency: dict[int, int] = field(default_factory=dict)
@@ -165,6 +184,9 @@ class _Sum:
             ejected=self.ejected,
             mirrored=self.mirrored,
             mirrored_failures=self.mirrored_failures,
+            connections=self.connections,
+            received=self.received,
+            sent=self.sent,
         )
 
 
@@ -197,6 +219,16 @@ def decode(raw: bytes) -> Export:
             elif name in _REQUESTS:
                 kind = _kind(_REQUESTS[name], _attributes(point))
                 sums[kind.key].count(kind, point.as_int)
+            elif name == _CONNECTIONS:
+                kind = _kind(True, _attributes(point))
+                sums[kind.key].connect(kind, point.as_int)
+            elif name in _BYTES:
+                if point.as_int:
+                    whole = sums[_WHOLE]
+                    setattr(whole, _BYTES[name], getattr(whole, _BYTES[name]) + point.as_int)
+            elif name == _TCP_DENIED:
+                if point.as_int:
+                    sums[_WHOLE].denied += point.as_int
             elif name == _EJECTED:
                 # An attribute of its own: the cluster, `SERVICE/VERSION`.
                 peer, _, version = dict(_attributes(point)).get("cluster", "").partition("/")
@@ -494,7 +526,8 @@ def _pack(sample: Sample) -> tuple[Any, ...]:
             (
                 cell.inbound, cell.peer, cell.route, cell.requests, cell.failures, cell.denied, cell.refused,
                 cell.secured, cell.identity, cell.codes, cell.version, cell.ejected,
-                cell.mirrored, cell.mirrored_failures, cell.latency.counts, cell.failed_latency.counts,
+                cell.mirrored, cell.mirrored_failures, cell.connections, cell.received, cell.sent,
+                cell.latency.counts, cell.failed_latency.counts,
             )
             for cell in sample.cells
         ),
@@ -505,7 +538,7 @@ def _unpack(chunk: _Packed) -> Iterator[tuple[int, float, Sample]]:
     """(sequence number, received, sample) of a chunk."""
     rows = marshal.loads(zlib.decompress(chunk.content))  # noqa: S302 - written by this very process
     for number, (received, row) in enumerate(rows, chunk.first):
-        cells = tuple(Cell(*cell[:14], *map(Histogram, cell[14:])) for cell in row[9])
+        cells = tuple(Cell(*cell[:17], *map(Histogram, cell[17:])) for cell in row[9])
         yield number, received, Sample(*[*row[:9], cells])
 
 

@@ -37,6 +37,17 @@ def percent(share: float | None, digits: int = 2) -> str:
     return f"{steps / scale:.{digits}f}%"
 
 
+def size(count: int | None) -> str:
+    """A number of bytes: `0`, `512B`, `1.5kB`, `12MB`; nothing at all is `-`."""
+    if not count:
+        return NOTHING
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.1f}{units[0]}" if value < 9.95 and units[0] != "B" else f"{value:.0f}{units[0]}"
+
+
 def latency(ms: float | None) -> str:
     """A latency with its unit: `0.4ms`, `12ms`, `1.2s`."""
     if ms is None:

@@ -48,6 +48,7 @@ def signals(rows: Sequence[SignalRow], by: str) -> Table:
     if by == "instance":
         keys = ["service", "version", "instance"]
     effective = any(row["effective_success_rate"] is not None for row in rows)
+    tcp = any(row.get("connections") or row.get("received_bytes") for row in rows)
     notes = [_note(row) for row in rows]
     table = plain(
         *(key.upper() for key in keys),
@@ -57,6 +58,7 @@ def signals(rows: Sequence[SignalRow], by: str) -> Table:
         ">P50",
         ">P95",
         ">P99",
+        *([">CONN", ">IN", ">OUT"] if tcp else []),
         *(["STATE"] if any(notes) else []),
     )
     for row, note in zip(rows, notes, strict=True):
@@ -65,6 +67,9 @@ def signals(rows: Sequence[SignalRow], by: str) -> Table:
         cells += [fmt.rate(row["rps"]), share(row["success_rate"])]
         cells += [share(row["effective_success_rate"])] if effective else []
         cells += [fmt.latency(row["p50_ms"]), fmt.latency(row["p95_ms"]), fmt.latency(row["p99_ms"])]
+        if tcp:
+            cells.append(str(row.get("connections") or fmt.NOTHING))
+            cells += [fmt.size(row.get("received_bytes")), fmt.size(row.get("sent_bytes"))]
         table.add_row(*cells, *([note] if any(notes) else []))
     return table
 
