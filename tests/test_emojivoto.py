@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser_harness import chromium
 from local_harness import Cli, kill, wait_for
+from playwright.sync_api import expect
 
 from meshdemo.workloads.emojivoto.catalogue import CATALOGUE
 from meshdemo.workloads.emojivoto.voting import Votes
@@ -44,6 +47,32 @@ def board(mesh: Cli) -> dict[str, int]:
     path = mesh.paths.instance("voting-v1-1") / "votes.sqlite"
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
         return dict(db.execute("SELECT choice, n FROM votes"))
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("emojivoto")
+def test_the_page_and_the_dashboard_in_a_browser(mesh: Cli) -> None:
+    with chromium() as browser:
+        context = browser.new_context()
+        context.set_default_timeout(60_000)
+        page = context.new_page()
+        complaints: list[str] = []
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(mesh.json("status")["endpoints"]["gateway"])  # as whoever comes from outside
+        expect(page.locator("#choices button")).to_have_count(100, timeout=60_000)
+        page.get_by_role("button", name="Vote for cat", exact=True).click()
+        expect(page.get_by_role("status")).to_contain_text(re.compile(r"Thank you! .* votes? now"))
+        expect(page.locator("#board li").first).to_be_visible()
+        page.get_by_role("button", name="Vote for doughnut", exact=True).click()
+        expect(page.get_by_role("status")).to_contain_text("That did not work", timeout=60_000)
+        assert complaints == []
+        # The dashboard shows who is not well, and which method fails.
+        page.goto(mesh.json("dashboard", "--no-open")["url"])
+        ill, well = (page.locator(f'.card[data-service="{name}"]') for name in ("voting", "emoji"))
+        expect(ill).to_contain_text("failing", timeout=60_000)
+        expect(well).not_to_contain_text("failing")
+        expect(page.locator("#routes")).to_contain_text("Vote")
+        context.close()
 
 
 @pytest.mark.xdist_group("emojivoto")

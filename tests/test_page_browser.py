@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import statistics
 import threading
 from collections.abc import Iterator
@@ -14,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser_harness import chromium
 from local_harness import Cli
 from page_harness import Place, place
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_MS = 60_000  # bounds a test that has failed; nothing waits for a time
 expect.set_options(timeout=WAIT_MS)
 NEITHER = "?\N{EN DASH}⊘◌"  # symbols of states that are neither good nor bad
@@ -28,16 +26,8 @@ NEITHER = "?\N{EN DASH}⊘◌"  # symbols of states that are neither good nor ba
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("chromium is missing: apt-get install chromium")
-        pytest.skip("needs chromium")
-    with sync_playwright() as playwright:
-        quiet = ("--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync",
-                 "--disable-component-update", "--no-first-run", "--no-sandbox")  # fmt: skip
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(quiet))
-        yield browser
-        browser.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
