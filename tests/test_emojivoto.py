@@ -71,6 +71,7 @@ def test_the_page_and_the_dashboard_in_a_browser(mesh: Cli) -> None:
         ill, well = (page.locator(f'.card[data-service="{name}"]') for name in ("voting", "emoji"))
         expect(ill).to_contain_text("failing", timeout=60_000)
         expect(well).not_to_contain_text("failing")
+        ill.click()
         expect(page.locator("#routes")).to_contain_text("Vote")
         context.close()
 
