@@ -13,6 +13,11 @@ MESH, SERVICE, VERSION = PREFIX + "mesh", PREFIX + "service", PREFIX + "version"
 COMPONENT = "app.kubernetes.io/component"
 REVISION = PREFIX + "revision"
 
+# What an injected pod speaks on its service's port: as its owner says, and as `inject` carries that over from
+# the workload to its pods.
+PROTOCOL, TOLD_PROTOCOL = PREFIX + "protocol", PREFIX + "told-protocol"
+PROTOCOLS = ("http", "grpc", "tcp")
+
 AUDIENCE = "meshdemo"
 """What sidecars' tokens are good for; the API server calls a token for anything else invalid."""
 

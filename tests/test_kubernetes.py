@@ -24,8 +24,8 @@ from meshdemo.control.discovered import declared
 from meshdemo.control.model import Intent, MeshState
 from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.kube import ApiError, Cluster
+from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION
 from meshdemo.names import MESH as MESH_LABEL
-from meshdemo.names import REVISION, SERVICE, VERSION
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import apply, lease
 from meshdemo.runtime.kubernetes.runtime import autoscalers
@@ -448,6 +448,43 @@ def test_what_was_injected_is_found_without_an_app_file() -> None:
     assert by_id["shop-1"].ready
     assert by_id["bot-1"].ready is False  # nobody has said that it is
     assert declared(found.app) == PAIR
+
+
+@pytest.mark.parametrize(
+    ("annotations", "port", "pod", "protocol"),
+    [
+        ({}, {"name": "http-api"}, {}, "http"),
+        ({}, {"name": "grpc"}, {}, "grpc"),
+        ({}, {"name": "tcp-x"}, {"readinessProbe": {"httpGet": {"port": 8080}}}, "tcp"),
+        ({}, {"name": "x", "appProtocol": "redis"}, {"readinessProbe": {"httpGet": {"port": 8080}}}, "tcp"),
+        ({}, {}, {"readinessProbe": {"httpGet": {"port": 8080}}}, "http"),
+        ({}, {}, {"livenessProbe": {"httpGet": {"port": "w"}}, "ports": [{"name": "w", "containerPort": 8080}]}, "http"),
+        ({}, {}, {"readinessProbe": {"httpGet": {"port": 9090}}}, "tcp"),
+        ({}, {}, {"readinessProbe": {"httpGet": {"port": 8080, "scheme": "HTTPS"}}}, "tcp"),
+        ({}, {}, {"readinessProbe": {"tcpSocket": {"port": 8080}}}, "tcp"),
+        ({"meshdemo.dev/protocol": "grpc"}, {"name": "http"}, {}, "grpc"),
+        ({"meshdemo.dev/told-protocol": "tcp"}, {"name": "http"}, {}, "tcp"),
+    ],
+)  # fmt: skip
+def test_how_a_protocol_is_told(
+    annotations: dict[str, str], port: dict[str, str], pod: dict[str, Any], protocol: str
+) -> None:
+    one = injected("x-1", "x", **pod)
+    one["metadata"]["annotations"] = annotations
+    found = k8s.mesh_state(
+        "m", "n", PAIR, [one], [slice_of("x", 8080, "x-1", port_name=port.get("name", ""))],
+        [k8s_service("x", "10.96.1.1", 80, **port)],
+    )  # fmt: skip
+    assert found.app.services["x"].protocol == protocol
+
+
+def test_a_gateway_is_told_by_its_labels_and_its_account() -> None:
+    edge, impostor = injected("gateway-1", "gateway", account="gateway"), injected("other-1", "gateway")
+    edge["metadata"]["labels"][COMPONENT] = "gateway"
+    found = k8s.mesh_state("m", "n", PAIR, [app_pod("b-1"), edge, impostor], [], [])
+    assert [one.id for one in found.gateways] == ["gateway-1"]
+    assert [one.id for one in found.instances] == ["b-1"]
+    assert found.app == PAIR
 
 
 def test_without_injected_pods_the_app_is_what_was_declared() -> None:

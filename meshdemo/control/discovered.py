@@ -1,8 +1,12 @@
 """Services that no app file declares: other people's pods that `inject` gave a sidecar.
 
 What an app file would say is told by the cluster: which pods a Service leads to (EndpointSlices), on which
-port, in which protocol (`appProtocol`, or the port's name), and which paths the kubelet probes. A pod that no
-Service leads to is in the mesh as a caller. Pure.
+port, in which protocol, and which paths the kubelet probes. A pod that no Service leads to is in the mesh as
+a caller. Pure.
+
+The protocol is what the pods' annotation says, else the port's `appProtocol`, else the first word of its
+name. A port that nothing is said of speaks HTTP if the kubelet probes it by HTTP; looking into connections
+instead would have protocols wait whose server speaks first.
 """
 
 from __future__ import annotations
@@ -10,16 +14,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from meshdemo.apps.model import App, Protocol, Service, Workload
 from meshdemo.kube import Manifest
-from meshdemo.names import SERVICE, VERSION
+from meshdemo.names import PROTOCOL, PROTOCOLS, SERVICE, TOLD_PROTOCOL, VERSION
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _NOBODYS_PORT = 1  # of a pod that nobody calls
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 INJECTED = "injected"  # stands for the image of a workload that is not ours to start
+_NOT_HTTP = frozenset(("tcp", "https", "tls"))
 _BY_PROTOCOL: Mapping[str, Protocol] = {
     "http": "http", "kubernetes.io/ws": "http", "ws": "http",
     "grpc": "grpc", "http2": "grpc", "h2c": "grpc", "kubernetes.io/h2c": "grpc",
@@ -77,7 +82,8 @@ def discover(
         if not members or target is None:
             continue
         service_of.update(dict.fromkeys(members, name))
-        found[name] = _service(target, _protocol(wanted), [unclaimed[pod] for pod in members])
+        behind = [unclaimed[pod] for pod in members]
+        found[name] = _service(target, _protocol(wanted, target, behind), behind)
         ports[name] = wanted["port"]
     for pod_name, pod in unclaimed.items():
         label = pod["metadata"]["labels"].get(SERVICE, "")
@@ -111,12 +117,31 @@ def _behind(name: str, wanted: Mapping[str, Any], slices: Sequence[Manifest]) ->
     return members, target
 
 
-def _protocol(port: Mapping[str, Any]) -> Protocol:
+def _protocol(port: Mapping[str, Any], target: int, pods: Sequence[Manifest]) -> Protocol:
+    for pod in pods:
+        annotations = pod["metadata"].get("annotations") or {}
+        told = str(annotations.get(PROTOCOL) or annotations.get(TOLD_PROTOCOL) or "").lower()
+        if told in PROTOCOLS:
+            return cast(Protocol, told)
     said = str(port.get("appProtocol") or "").lower()
     if said in _BY_PROTOCOL:
         return _BY_PROTOCOL[said]
     prefix = re.split(r"[^a-z0-9]", str(port.get("name") or ""))[0]
-    return "tcp" if said else _BY_PROTOCOL.get(prefix, "tcp")
+    if said or prefix in _NOT_HTTP:
+        return "tcp"
+    return _BY_PROTOCOL.get(prefix) or ("http" if _probed_by_http(target, pods) else "tcp")
+
+
+def _probed_by_http(port: int, pods: Sequence[Manifest]) -> bool:
+    """Does the kubelet speak HTTP, without TLS, to this port of the pods?"""
+    for container in (one for pod in pods for one in pod.get("spec", {}).get("containers", [])):
+        numbers = {one.get("name"): one.get("containerPort") for one in container.get("ports") or ()}
+        for kind in _PROBES:
+            probe = (container.get(kind) or {}).get("httpGet") or {}
+            asked = probe.get("port")
+            if probe.get("scheme", "HTTP") == "HTTP" and numbers.get(asked, asked) == port:
+                return True
+    return False
 
 
 def _service(port: int, protocol: Protocol, pods: Sequence[Manifest]) -> Service:

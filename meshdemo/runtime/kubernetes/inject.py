@@ -50,6 +50,7 @@ class Additions:
     volumes: Sequence[Mapping[str, Any]]
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""  # what whoever applies it should know
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,8 @@ def inject(text: str, additions_for: Callable[[PodTemplate], Additions]) -> tupl
             labels=_strings(yamledit.get(template, "metadata", "labels")),
             annotations=annotations,
         )
-        return Outcome(kind, name, "injected"), _insert(text, template, additions_for(pod))
+        ours = additions_for(pod)
+        return Outcome(kind, name, "injected", ours.note), _insert(text, template, ours)
 
     return _each(text, one)
 

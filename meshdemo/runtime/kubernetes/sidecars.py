@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from meshdemo.errors import BadInput
-from meshdemo.names import MESH, PREFIX, SERVICE, VERSION
+from meshdemo.names import MESH, PREFIX, PROTOCOL, PROTOCOLS, SERVICE, TOLD_PROTOCOL, VERSION
 from meshdemo.runtime.kubernetes import images
 from meshdemo.runtime.kubernetes.inject import Additions, PodTemplate
 from meshdemo.runtime.kubernetes.pieces import sidecar
@@ -40,6 +40,8 @@ def additions(pod: PodTemplate, mesh: str, image: str) -> Additions:
         init_containers=parts["init_containers"],
         volumes=parts["volumes"],
         labels={key: value for key, value in labels.items() if key not in pod.labels},
+        annotations=_told(pod),
+        note=_elsewhere(pod, mesh),
     )
 
 
@@ -50,6 +52,7 @@ def ours(mesh: str, image: str) -> Additions:
         init_containers=parts["init_containers"],
         volumes=parts["volumes"],
         labels={MESH: mesh, SERVICE: "", VERSION: ""},
+        annotations={TOLD_PROTOCOL: ""},
     )
 
 
@@ -59,6 +62,28 @@ def _parts(
 ) -> dict[str, Any]:
     """Rendered once for the many workloads that get the same."""
     return sidecar(mesh, image, skip_inbound=skip_inbound, skip_outbound=skip_outbound)
+
+
+def _elsewhere(pod: PodTemplate, mesh: str) -> str:
+    if pod.namespace in (None, mesh):
+        return ""
+    return (
+        f"but its namespace is '{pod.namespace}', and this mesh's is '{mesh}': it will not start there; "
+        f"`--name {pod.namespace}` is for the mesh of that namespace"
+    )
+
+
+def _told(pod: PodTemplate) -> dict[str, str]:
+    """The protocol that the owner says, for the pods: an annotation of a workload is not one of its pods."""
+    protocol = pod.annotations.get(PROTOCOL)
+    if protocol is None:
+        return {}
+    if protocol.lower() not in PROTOCOLS:
+        raise BadInput(
+            f"{pod.kind} {pod.name}: annotation {PROTOCOL}: '{protocol}' is no protocol",
+            f"one of {', '.join(PROTOCOLS)}",
+        )
+    return {TOLD_PROTOCOL: protocol.lower()}
 
 
 def _ports(pod: PodTemplate, annotation: str) -> tuple[int, ...]:
