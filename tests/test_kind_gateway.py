@@ -50,7 +50,7 @@ def ingress(mesh: Mesh, name: str, host: str, **services: str) -> dict[str, Any]
 def test_it_is_reached_from_this_machine_and_leads_to_the_front(mesh: Mesh) -> None:
     url = mesh.json("status")["endpoints"]["gateway"]
     assert url.startswith("http://localhost:")
-    assert get(mesh, "/work") == (200, '{"result":"ok"}\n') or get(mesh, "/work")[0] == 200
+    assert get(mesh, "/work")[0] == 200
 
     def edge() -> dict[str, Any] | None:
         get(mesh, "/work")
@@ -90,7 +90,7 @@ def test_an_ingress_is_obeyed_and_what_is_wrong_with_one_is_said(mesh: Mesh) -> 
 
     assert "service 'nobody' is not in the mesh" in until(events, "an Event on the Ingress")[0]
     mesh.cluster.delete("Ingress", "shop", mesh.name)
-    until(lambda: get(mesh, "/other", "shop.test")[1].startswith("nothing here") is False, "it is forgotten")
+    until(lambda: "shop.test" not in get(mesh, "/other", "shop.test")[1], "it is forgotten")
 
 
 def crd() -> dict[str, Any]:
@@ -136,13 +136,13 @@ def test_an_http_route_is_obeyed_once_its_kind_is_there(mesh: Mesh) -> None:
         },
     }
     until(lambda: mesh.cluster.apply(route), "the route")
-    until(lambda: get(mesh, "/nothing", "route.test")[0] == 404, "its host")
+    until(lambda: "paths of route.test: /work" in get(mesh, "/nothing", "route.test")[1], "its host")
     assert get(mesh, "/work", "route.test")[0] == 200
 
     def conditions() -> dict[str, str]:
         found = mesh.cluster.get("HTTPRoute", "shop", mesh.name) or {}
-        (parent,) = found["status"]["parents"]
-        return {one["type"]: one["status"] for one in parent["conditions"]}
+        parents = found.get("status", {}).get("parents", [])
+        return {one["type"]: one["status"] for parent in parents for one in parent["conditions"]}
 
     assert until(conditions, "its conditions") == {"Accepted": "True", "ResolvedRefs": "True"}
 
