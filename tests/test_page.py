@@ -418,7 +418,8 @@ def test_the_history_is_asked_for_by_service(served: Place) -> None:
 # -- objectives -------------------------------------------------------------------------------------------
 
 STANDING = {"service": "service-b", "objective": "success", "text": "99% answered well", "health": "ok",
-            "good_share": 0.999, "wanted_share": 0.99, "budget_left": 0.87}  # fmt: skip
+            "good_share": 0.999, "wanted_share": 0.99, "budget_left": 0.87, "kind": "success",
+            "below_ms": None, "effective": False}  # fmt: skip
 
 
 def test_objectives_are_shown_while_somebody_watches(served: Place) -> None:
