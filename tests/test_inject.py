@@ -45,6 +45,9 @@ def check(text: str, injected: int = 1) -> str:
     before, after = list(yaml.safe_load_all(text)), list(yaml.safe_load_all(out))
     assert len(before) == len(after)
     for old, new in zip(before, after, strict=True):
+        if old is None:  # a document of nothing but comments
+            assert new is None
+            continue
         pairs = zip(old["items"], new["items"], strict=True) if old["kind"] == "List" else [(old, new)]
         for was, now in pairs:
             if was == now:
@@ -317,6 +320,89 @@ metadata: !!map
 spec:
   containers: !!seq
   - name: !!str p
+""",
+    "stateful set with claim templates": """\
+apiVersion: apps/v1
+kind: StatefulSet
+metadata:
+  name: store
+spec:
+  serviceName: store-headless
+  podManagementPolicy: Parallel
+  template:
+    metadata:
+      labels: {app: store}
+      annotations:
+        "checksum/config": 0f3a
+    spec:
+      affinity:
+        podAntiAffinity:
+          requiredDuringSchedulingIgnoredDuringExecution:
+          - labelSelector: {matchExpressions: [{key: app, operator: In, values: [store]}]}
+            topologyKey: "kubernetes.io/hostname"
+      initContainers:
+      - command: [sh, "-c", "chown -R 999 /data"]
+        name: rights
+      containers:
+      - command:
+          - sh
+          - -c
+          - |
+            exec store \\
+              --data=/data   # not a comment of YAML
+        name: store
+        volumeMounts: [{name: data, mountPath: /data}]
+  volumeClaimTemplates:
+  - metadata: {name: data}
+    spec: {accessModes: [ReadWriteOnce], resources: {requests: {storage: 1Gi}}}
+""",
+    "daemon set with tolerations and host paths": """\
+kind: DaemonSet
+apiVersion: apps/v1
+spec:
+    updateStrategy: {type: RollingUpdate}
+    template:
+        spec:
+            tolerations:
+                - {key: node-role.kubernetes.io/control-plane, operator: Exists, effect: NoSchedule}
+            containers:
+                - name: agent
+                  env:
+                      - name: NODE
+                        valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+            volumes:
+                - name: log
+                  hostPath: {path: /var/log}
+        metadata: {labels: {name: agent}}
+metadata: {name: agent, namespace: logging}
+""",
+    "chart output, a header over each document": """\
+---
+# Source: shop/templates/deployment.yaml
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: release-shop
+  labels:
+
+    app.kubernetes.io/managed-by: Helm
+spec:
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: shop
+    spec:
+      containers:
+        - name: shop
+          ports:
+            - name: http
+              containerPort: 80
+              protocol: TCP
+          resources:
+            {}
+---
+# Source: shop/templates/tests/test-connection.yaml
+# Source: shop/templates/empty.yaml
 """,
     "anchored spec": """\
 kind: Pod
