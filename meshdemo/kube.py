@@ -76,6 +76,7 @@ KINDS: Mapping[str, Kind] = {
     "TokenReview": Kind("authentication.k8s.io/v1", "tokenreviews", namespaced=False),
     "SelfSubjectAccessReview": Kind("authorization.k8s.io/v1", "selfsubjectaccessreviews", namespaced=False),
     "ServiceMonitor": Kind("monitoring.coreos.com/v1", "servicemonitors"),
+    "PrometheusRule": Kind("monitoring.coreos.com/v1", "prometheusrules"),
     "GatewayClass": Kind("gateway.networking.k8s.io/v1", "gatewayclasses", namespaced=False),
     "Gateway": Kind("gateway.networking.k8s.io/v1", "gateways"),
     "HTTPRoute": Kind("gateway.networking.k8s.io/v1", "httproutes"),

@@ -87,7 +87,7 @@ VARIANTS = {
     "autoscaled": lambda: objects(APPS["pair"], scaled_by_others=frozenset({"service-b-v1"})),
     "foreign": lambda: objects(FOREIGN),
     "plain": lambda: objects(APPS["pair"], observability=False),
-    "monitored": lambda: objects(APPS["pair"], service_monitor=True),
+    "monitored": lambda: objects(APPS["emojivoto"], service_monitor=True, prometheus_rule=True, rules=RULES),
     "watched": lambda: objects(APPS["pair"], watch=POLICY),
     "observed": lambda: objects(APPS["pair"], rules=RULES, grafana=DASHBOARDS, node_ports={"prometheus": 30090, "grafana": 30300}),
 }  # fmt: skip
@@ -98,8 +98,55 @@ def test_manifests_are_valid(version: str) -> None:
     every = {json.dumps(manifest, sort_keys=True) for made in VARIANTS.values() for manifest in made()}
     assert len(every) > 40
     for manifest in map(json.loads, every):
-        if manifest["kind"] != "ServiceMonitor":  # no kind of Kubernetes' own
+        if manifest["kind"] not in ("ServiceMonitor", "PrometheusRule"):  # no kinds of Kubernetes' own
             kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def _annotations(manifest: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
+    found = manifest["metadata"].get("annotations", {})
+    assert all(isinstance(value, str) for value in found.values())
+    scrape, port, path = (found.get(f"prometheus.io/{name}") for name in ("scrape", "port", "path"))
+    return scrape, port, path
+
+
+def test_a_prometheus_without_an_operator_finds_everything_by_annotations() -> None:
+    made = deployments(APPS["emojivoto"])
+    plain = str(manifests.PLAIN_PORT)
+    pods = {name: _annotations(one["spec"]["template"]) for name, one in made.items()}
+    assert pods["web-v1"] == pods["voting-v1"] == ("true", plain, "/stats/prometheus")  # the sidecars
+    (port,) = [
+        port["containerPort"]
+        for container in containers(made["control-plane"])
+        for port in container["ports"]
+        if port["name"] == "http-open"
+    ]
+    assert pods["control-plane"] == ("true", str(port), "/metrics")
+    services = {o["metadata"]["name"]: o for o in objects(APPS["emojivoto"]) if o["kind"] == "Service"}
+    assert _annotations(services["web"]) == ("true", plain, "/metrics")  # the workloads
+    assert _annotations(services["voting"]) == (
+        None,
+        None,
+        None,
+    )  # has no metrics of its own: no 403 for ever
+
+
+def test_a_prometheus_operator_is_told_of_everything() -> None:
+    made = VARIANTS["monitored"]()
+    services = [one for one in made if one["kind"] == "Service"]
+    monitors = {one["metadata"]["name"]: one["spec"] for one in made if one["kind"] == "ServiceMonitor"}
+    assert set(monitors) == {"meshdemo", "control-plane"}
+    for monitor in monitors.values():
+        wanted = monitor["selector"]["matchLabels"].items()
+        (service,) = [one for one in services if wanted <= one["metadata"]["labels"].items()]
+        ports = {port["name"] for port in service["spec"]["ports"]}
+        assert {endpoint["port"] for endpoint in monitor["endpoints"]} <= ports
+    assert monitors["control-plane"]["endpoints"][0]["honorLabels"] is True
+    workloads, sidecars = monitors["meshdemo"]["endpoints"]
+    assert [one["action"] for one in workloads["relabelings"] if "action" in one] == ["keep"]
+    assert "path" not in workloads and sidecars["path"] == "/stats/prometheus"
+    (rule,) = [one for one in made if one["kind"] == "PrometheusRule"]
+    assert rule["spec"] == yaml.safe_load(RULES)
+    assert not any(one["kind"] == "PrometheusRule" for one in objects(APPS["pair"], prometheus_rule=True))
 
 
 def test_what_a_user_writes_arrives_as_it_was_written() -> None:

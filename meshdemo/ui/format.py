@@ -101,10 +101,3 @@ def meter(share: float, width: int) -> str:
     """A share (0..1) as a bar of `width` cells, with words left to the caller."""
     full = round(max(0.0, min(share, 1.0)) * width)
     return "█" * full + "░" * (width - full)
-
-
-def clip(text: str, width: int) -> str:
-    """`text`, cut to `width` cells with an ellipsis where it is longer."""
-    if width <= 0:
-        return ""
-    return text if len(text) <= width else text[: width - 1] + "…"

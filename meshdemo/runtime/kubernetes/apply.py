@@ -14,7 +14,7 @@ from typing import Any
 
 from meshdemo.errors import Failed
 from meshdemo.kube import ApiError, Cluster, Manifest
-from meshdemo.names import MESH, REVISION, SERVICE, VERSION
+from meshdemo.names import MESH, SERVICE, VERSION
 from meshdemo.runtime.steps import pause
 
 _LOG_LINES = 4
@@ -326,8 +326,3 @@ def is_ready(pod: Manifest) -> bool:
     conditions = pod.get("status", {}).get("conditions", [])
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
     return ready and "deletionTimestamp" not in pod["metadata"]
-
-
-def revision_of(pod: Manifest) -> int:
-    """The revision of its workload that a pod runs."""
-    return int(pod["metadata"].get("annotations", {}).get(REVISION, "1"))

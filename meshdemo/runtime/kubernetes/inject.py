@@ -122,7 +122,6 @@ def uninject(text: str, ours: Additions) -> tuple[str, list[Outcome]]:
 
 
 _Change = tuple[Outcome, list[Edit]]
-_REMEDY = "give Kubernetes manifests as YAML or JSON"
 
 
 def _each(

@@ -57,6 +57,7 @@ class Site:
     node_ports: Mapping[str, int] = field(default_factory=dict)  # Services that are on ports of the nodes
     gateway_api: bool = False  # the cluster has the kinds of the Gateway API
     service_monitor: bool = False  # the cluster has the kind ServiceMonitor
+    prometheus_rule: bool = False  # the cluster has the kind PrometheusRule
     watch: str | None = None  # run `meshdemo watch` in the cluster, by this policy
 
 
@@ -118,7 +119,9 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
     }  # fmt: skip
     for service in spec.app.services:
         if spec.versions(service):
-            found[service] = _render("service", spec.mesh, site, **_of_service(spec.app, service))
+            metrics = spec.app.services[service].metrics
+            about = _of_service(spec.app, service)
+            found[service] = _render("service", spec.mesh, site, **about, metrics=metrics)
     for key in spec.workloads:
         found[key] = _workload(spec, site, key)
     found["gateway"] = _render(
@@ -134,6 +137,8 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
         found |= _observability(spec, site)
     if site.service_monitor:
         found["service-monitor"] = _render("service-monitor", spec.mesh, site)
+    if site.prometheus_rule and site.rules:
+        found["prometheus-rule"] = _render("prometheus-rule", spec.mesh, site, rules=site.rules)
     if site.watch is not None:
         here = Record(kind="kubernetes", mesh=spec.mesh, inside=True).model_dump_json()
         found["watch"] = _render(

@@ -143,8 +143,9 @@ class _Up:
             cluster, namespace = self._runtime.cluster, self._runtime.namespace
             labels = f"{names.MESH}={self._options.name}"
             found = cluster.find("Deployment", namespace, labels=labels)
-            if cluster.serves("ServiceMonitor") and not cluster.find(
-                "ServiceMonitor", namespace, labels=labels
+            kinds = ["ServiceMonitor", *(["PrometheusRule"] if self._extra.get("prometheus_rules") else [])]
+            if any(
+                cluster.serves(kind) and not cluster.find(kind, namespace, labels=labels) for kind in kinds
             ):
                 return False
         except (Missing, ApiError):
@@ -344,6 +345,7 @@ class _Up:
             node_ports={name: port for name, port in _NODE_PORTS.items() if name in runtime.record.ports},
             gateway_api=runtime.cluster.serves("HTTPRoute"),
             service_monitor=runtime.cluster.serves("ServiceMonitor"),
+            prometheus_rule=runtime.cluster.serves("PrometheusRule"),
             watch=DEFAULT_POLICY.read_text() if self._watches else None,
         )
         return manifests.objects(self._spec, site)
