@@ -377,3 +377,24 @@ def test_render_envoy_needs_no_mesh(tmp_path: Path) -> None:
     rendered = json.loads(done.stdout)["service-b"]
     assert {"clusters", "listeners", "routes", "endpoints"} <= set(rendered)
     assert "service-b" in meshdemo("render", "envoy", "--app", "pair", home=tmp_path).stdout
+
+
+# -- where it prints to -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("redirect", "words"),
+    [("> /dev/full", "cannot write to stdout: No space left on device"), (">&-", "stdout is closed")],
+)
+def test_a_stdout_that_takes_nothing(mesh: Mesh, redirect: str, words: str) -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{sys.executable} -m meshdemo fault list -o json {redirect}"],
+        env={**os.environ, "MESHDEMO_HOME": str(mesh.home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "internal error" not in done.stderr
+    assert "Traceback" not in done.stderr

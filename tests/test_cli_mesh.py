@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_harness import Cli, wait_for
+from local_harness import Cli, read_url, wait_for
 
 RPS = 40
 
@@ -81,6 +81,17 @@ def test_a_fault_of_one_instance_on_one_route_for_one_caller(mesh: Cli) -> None:
     succeeds(mesh, 1, 1, instance="service-b-v1-1")
 
 
+def test_latencies_of_several_faults_are_all_felt(mesh: Cli) -> None:
+    mesh.run("fault", "--at", "mesh", "--lat", "40")
+    mesh.run("fault", "--at", "mesh", "--lat", "200", "--share", "0.3")
+
+    def felt() -> bool:
+        seen = row(mesh)
+        return bool(40 <= seen["p50_ms"] < 100 and seen["p95_ms"] >= 180)
+
+    wait_for("both latencies", felt)
+
+
 def test_a_fault_that_nobody_meets(mesh: Cli) -> None:
     mesh.run("fault", "--at", "mesh", "--err", "1", "--route", "/elsewhere")
     mesh.run("fault", "--at", "mesh", "--err", "1", "--service", "service-a")
@@ -113,6 +124,9 @@ def test_faults_of_one_workload_end_one_by_one(mesh: Cli) -> None:
     assert env(mesh)["ERR_RATE"] == "0.5"
     mesh.run("fault", "clear")
     assert "ERR_RATE" not in env(mesh)
+    mesh.run("fault", "--lat", "5", "--err", "0")
+    mesh.run("fault", "clear")
+    assert "ERR_RATE" not in env(mesh)
 
 
 def test_a_fault_in_the_app_of_one_instance(mesh: Cli) -> None:
@@ -130,6 +144,38 @@ def test_faults_end_by_themselves(mesh: Cli) -> None:
     mesh.run("fault", "--err", "0.5", "--for", "3s")
     wait_for("the end of both faults", lambda: mesh.json("fault", "list") == [])
     wait_for("the environment from before", lambda: "ERR_RATE" not in env(mesh))
+
+
+def test_faults_that_overlap_in_time_leave_nothing(mesh: Cli) -> None:
+    mesh.run("fault", "--lat", "20", "--for", "2s")
+    mesh.run("fault", "--lat", "40", "--for", "5s")
+    wait_for("the end of both faults", lambda: mesh.json("fault", "list") == [])
+    wait_for("the environment from before", lambda: "LAT_MS" not in env(mesh))
+    assert "LAT_MS" not in mesh.process("service-b-v1-1").environ()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_fault_command_that_is_ended_leaves_no_fault(mesh: Cli, number: signal.Signals) -> None:
+    before = env(mesh)
+    command = mesh.start("fault", "--err", "0.5")
+    wait_for("its record", lambda: command.poll() is not None or mesh.json("fault", "list"))
+    command.send_signal(number)
+    _, said = command.communicate(timeout=90)
+    if command.returncode != 0:  # it was not done already
+        assert command.returncode == 130
+        assert said == "meshdemo: interrupted; undoing what was begun\n"
+        assert mesh.json("fault", "list") == []
+        assert env(mesh) == before
+
+
+def test_a_hang_that_cannot_be_recorded_does_not_happen(mesh: Cli) -> None:
+    control = mesh.process("control plane")
+    control.suspend()
+    try:
+        mesh.run("fault", "--hang", "--instance", "service-b-v1-1", status=1)
+        assert mesh.process("service-b-v1-1").status() != "stopped"
+    finally:
+        control.resume()
 
 
 def test_a_rolled_back_fault_is_cleared_without_another_release(mesh: Cli) -> None:
@@ -168,6 +214,11 @@ def test_hang_and_crash(mesh: Cli) -> None:
         (["--err", "0.1", "--instance", "service-b-v1-9"], "service-b-v1-1, service-b-v1-2"),
         (["--err", "0.1", "--at", "mesh", "--caller", "nobody"], "service-a, service-b"),
         (["--crash", "--service", "service-x"], "service-a, service-b"),
+        (["--err", "1e-7", "--at", "mesh"], "one in a million"),
+        (["--lat", "5", "--for", "999999999h"], "at most 365 days"),
+        (["--lat", "5", "list"], "--lat: makes no sense with `fault list`"),
+        (["--crash", "clear"], "--crash: makes no sense with `fault clear`"),
+        (["--lat", "5", "--service", "service-a"], "--at mesh"),
         (["clear", "f-none"], "none"),
     ],
 )
@@ -265,23 +316,22 @@ def test_the_demo_heals_and_leaves_nothing(tmp_path: Path) -> None:
 def test_an_interrupted_demo_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     cli = Cli(tmp_path / "home")
     demo = cli.start("demo")
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if "Up after" in line:
-            break
+    wait_for("a mesh", cli.all_ready)
     demo.send_signal(number)
     demo.communicate(timeout=90)
     assert demo.returncode == 130
     assert cli.leftovers() == []
 
 
-def test_a_demo_leaves_a_mesh_that_ran_before(running: Cli) -> None:
-    demo = running.start("demo")
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if "Up after" in line:
-            break
+def test_a_demo_leaves_a_mesh_that_ran_before_as_it_was(mesh: Cli) -> None:
+    own = mesh.json("fault", "--at", "mesh", "--err", "0.001")
+    demo = mesh.start("demo", "--rps", "60")
+    wait_for("its load", lambda: mesh.describe()["spec"]["rps"] == 60)
+    wait_for("its fault", lambda: len(mesh.json("fault", "list")) > 1 or demo.poll() is not None)
     demo.send_signal(signal.SIGINT)
-    demo.communicate(timeout=90)
-    assert running.json("status")["name"] == running.name
-    running.run("load", "--rps", str(RPS))
+    out, _ = demo.communicate(timeout=90)
+    assert out == "", "progress is for terminals"
+    assert [one["id"] for one in mesh.json("fault", "list")] == [own["id"]]
+    assert mesh.describe()["spec"]["rps"] == RPS
+    port = next(one["app_port"] for one in mesh.describe()["instances"] if one["service"] == "service-a")
+    assert json.loads(read_url(f"http://127.0.0.1:{port}/load"))["rps"] == RPS

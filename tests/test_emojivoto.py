@@ -109,3 +109,28 @@ def test_votes_survive_a_restart_of_voting(mesh: Cli) -> None:
     wait_for("voting is back", mesh.all_ready)
     after = board(mesh)
     assert all(after[choice] >= n for choice, n in before.items())
+
+
+@pytest.mark.xdist_group("emojivoto")
+@pytest.mark.parametrize("service", ["voting", "emoji", "web"])
+def test_a_bad_release_of_any_service(mesh: Cli, service: str) -> None:
+    """Over gRPC as over HTTP: LAT_MS and ERR_RATE do what `fault` says they do."""
+    made = mesh.json("fault", "--service", service, "--lat", "30", "--err", "0.8")
+    assert made["at"] == "app"
+
+    def broken() -> bool:
+        (row,) = (one for one in mesh.json("stat", service, "--window", "1s") if one["service"] == service)
+        return bool(row["requests"] > 5 and row["success_rate"] < 0.5 and row["p50_ms"] >= 25)
+
+    wait_for("harm", broken)
+    mesh.run("fault", "clear", made["id"])
+    wait_for("no harm", lambda: not broken())
+
+
+@pytest.mark.xdist_group("emojivoto")
+def test_what_does_not_read_the_variables_is_not_restarted_for_them(mesh: Cli) -> None:
+    before = mesh.describe()["spec"]
+    said = mesh.run("fault", "--service", "vote-bot", "--lat", "300", status=2)
+    assert "vote-bot v1 does not honour LAT_MS and ERR_RATE" in said
+    assert "--at mesh" in said
+    assert mesh.describe()["spec"] == before

@@ -124,7 +124,8 @@ def test_a_request_makes_sense_or_is_refused_on_one_line(asked: dict[str, Any]) 
     assert made.lat_ms is None or 0 <= made.lat_ms <= faults.MAX_LATENCY_MS
     assert made.err_rate is None or 0 <= made.err_rate <= 1
     assert 0 <= made.share <= 1
-    assert made.for_s is None or 0 < made.for_s < math.inf
+    assert made.for_s is None or 0 < made.for_s <= faults.MAX_DURATION_S
+    assert not made.err_rate or made.err_rate >= faults.MIN_SHARE
     if made.at != "mesh":
         assert made.route is None
         assert made.caller is None
@@ -170,6 +171,9 @@ def test_every_sensible_mesh_fault_is_accepted(
         ({"err_rate": 20.0}, "--err 20: an error share is 0 to 1"),
         ({"lat_ms": 1.0, "share": 2.0, "at": "mesh"}, "--share 2: a share of requests is 0 to 1"),
         ({"err_rate": 0.5, "share": 0.5, "at": "mesh"}, "give --lat"),
+        ({"err_rate": 1e-7, "at": "mesh"}, "--err 1e-07: the least share above 0 is 0.000001"),
+        ({"lat_ms": 1.0, "share": 1e-7, "at": "mesh"}, "--share 1e-07: the least share"),
+        ({"lat_ms": 5.0, "for_s": 3.6e12}, "--for 3.6e+12 s: a duration is more than 0 s and at most 365 days"),
         ({"err_rate": 0.5, "route": "/work"}, "--route /work: allowed with --at mesh only"),
         ({"err_rate": 0.5, "caller": "service-a"}, "--caller service-a: allowed with --at mesh only"),
         ({"lat_ms": 5.0, "share": 0.5}, "--share 0.5: allowed with --at mesh only"),
@@ -270,3 +274,19 @@ def test_a_target_is_never_empty_nor_outside_what_was_asked(**asked: str | None)
     assert asked["service"] in {None, service}
     assert asked["version"] is None or versions == (asked["version"],)
     assert asked["instance"] is None or ids == [asked["instance"]]
+
+
+def test_only_what_honours_the_variables_is_broken_by_them() -> None:
+    def at_app(app: App, **asked: Any) -> faults.Target:
+        return faults.resolve(faults.request(lat_ms=300, **asked), app, INSTANCES)
+
+    assert at_app(APP).versions == ("v1", "v2")
+    with pytest.raises(BadInput, match=r"service-a v1 does not honour LAT_MS and ERR_RATE .* --at mesh"):
+        at_app(APP, service="service-a")
+    data = APP.model_dump()
+    data["services"]["service-a"]["versions"]["v1"]["faults"] = True
+    assert at_app(App.model_validate(data), service="service-a").service == "service-a"
+    data["services"]["service-b"]["versions"]["v2"] = {"command": ["true"]}
+    with pytest.raises(BadInput, match="service-b v2 does not honour"):
+        at_app(App.model_validate(data))
+    assert at_app(App.model_validate(data), version="v1").versions == ("v1",)

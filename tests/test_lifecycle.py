@@ -16,8 +16,9 @@ import pytest
 from local_harness import DEADLINE_S, Cli, kill, read_url, wait_for
 
 from meshdemo.apps import loader
+from meshdemo.runtime.local.files import Lock
 from meshdemo.runtime.local.leftovers import find
-from meshdemo.runtime.local.paths import MeshPaths
+from meshdemo.runtime.local.paths import MeshPaths, claim
 
 
 @pytest.fixture
@@ -96,6 +97,8 @@ def test_another_app_under_this_name_is_refused(mesh: Cli, tmp_path: Path) -> No
         (["--runtime", "nomad"], "allowed is auto, local, kind, kubernetes"),
         (["--app", "nowhere.yaml"], "neither a built-in one nor a file"),
         (["--timeout", "0"], "more than zero"),
+        (["--timeout", "inf"], "more than zero and at most a day"),
+        (["--replicas", "service-b=0"], "needs at least 1"),
     ],
 )
 def test_bad_input_changes_nothing(mesh: Cli, arguments: list[str], words: str) -> None:
@@ -204,6 +207,38 @@ def test_an_up_that_is_interrupted_leaves_nothing(cli: Cli, number: signal.Signa
         else:
             assert process.returncode in {130, -number}, (out, err)
         wait_for("nothing left", lambda: cli.leftovers() == [])
+
+
+def test_an_up_that_is_interrupted_twice_leaves_nothing(cli: Cli) -> None:
+    """Nobody waits long between two Ctrl-C; the second must not end the undoing."""
+    process = cli.start("up")
+    wait_for("the supervisor", lambda: find(cli.paths.state) or process.poll() is not None)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130
+    assert err == "meshdemo: interrupted; undoing what was begun\n"
+    assert cli.leftovers() == []
+
+
+def test_down_all_goes_on_when_one_cannot_be_removed(tmp_path: Path) -> None:
+    """The first one's lock is held by somebody who does not let go; the others are removed all the same."""
+    home = tmp_path / "home"
+    for name in ("one", "two", "zwei"):
+        claim(home / name)
+    held = MeshPaths(home / "two")
+    lock = Lock.take(held.lock, "somebody")
+    try:
+        process = Cli(home).start("down", "--all", "-o", "json")
+        out, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        lock.release(remove=True)
+    assert process.returncode == 1
+    assert json.loads(out)["removed"] == [str(home / "one"), str(home / "zwei")]
+    assert "Mesh 'two': somebody" in err
+    assert [path.name for path in home.iterdir()] == ["two"]
+    Cli(home, "two").run("down")
 
 
 def test_after_an_up_that_was_killed_down_leaves_nothing(cli: Cli) -> None:

@@ -60,6 +60,14 @@ def test_replicas_leave_a_further_version_alone() -> None:
     assert up(before, replicas={"service-b": 5}).workloads["service-b/v2"].instances == 1
 
 
+def test_a_service_that_is_called_needs_an_instance_of_some_version() -> None:
+    after = up(versions={"service-b": ["v2"]}, replicas={"service-b": 0})
+    assert after.workloads["service-b/v2"].instances == 1
+    assert up(replicas={"service-a": 0}).workloads["service-a/v1"].instances == 0
+    with pytest.raises(BadInput, match="it needs at least 1"):
+        up(up(), replicas={"service-b": 0})
+
+
 def test_a_fault_outlives_up() -> None:
     before = up()
     broken = before.replacing(
@@ -88,6 +96,7 @@ def test_another_app_under_the_same_name_is_refused() -> None:
         ({"replicas": {"nobody": 1}}, "no service 'nobody'; there are: service-a, service-b"),
         ({"replicas": {"service-b": -1}}, "allowed is 0 to 1000"),
         ({"replicas": {"service-b": 1001}}, "allowed is 0 to 1000"),
+        ({"replicas": {"service-b": 0}}, "0 instances of service-b: it is called, so it needs at least 1"),
         ({"versions": {"service-b": ["v3"]}}, "no such version; there are: v1, v2"),
         ({"versions": {"nobody": ["v3"]}}, "no service 'nobody'"),
         ({"rps": -1.0}, "allowed is 0 to 100000"),
@@ -135,47 +144,123 @@ def test_scaling_down_forgets_overrides_of_those_gone() -> None:
     assert specs.scaled(specs.scaled(workload, 1), 2).of("service-b-v1-2") == (1, {})
 
 
-ENVS = st.dictionaries(st.sampled_from(["LAT_MS", "ERR_RATE"]), st.sampled_from(["1", "2", None]))
+# -- faults ----------------------------------------------------------------------------------------------------
+
+PLACES = st.sampled_from([None, "service-b-v1-1", "service-b-v1-2"])
+VARIABLES = st.dictionaries(st.sampled_from(["LAT_MS", "ERR_RATE"]), st.sampled_from(["1", "2"]), min_size=1)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("inject"), PLACES, VARIABLES),
+        st.tuples(st.just("end"), st.integers(0, 9)),
+        st.tuples(st.just("roll back"), st.integers(0, 9)),
+        st.tuples(st.just("release"), VARIABLES),
+    ),
+    max_size=12,
+)
 
 
-@given(change=ENVS, instance=st.sampled_from([None, "service-b-v1-1"]), start=ENVS)
-def test_a_timer_restores_what_was(
-    change: dict[str, str | None], instance: str | None, start: dict[str, str | None]
-) -> None:
-    spec = up()
-    first = specs.with_env(service_b(spec), start, instance=None, reason="", now=NOW)
-    timer = specs.timer_for(first, change, instance=instance, expires_at=NOW, fault_id="f")
-    changed = specs.with_env(first, change, instance=instance, reason="", now=NOW)
-    spec = spec.replacing(changed).model_copy(update={"timers": (timer,)})
-    after = specs.expired(spec, timer, now=NOW)
-    assert after.timers == ()
-    for one in first.ids():
-        assert service_b(after).of(one)[1] == first.of(one)[1]
+@given(steps=STEPS)
+def test_what_runs_is_the_app_file_with_the_recorded_faults_over_it(steps: list[Any]) -> None:
+    """In whatever order faults begin and end (cleared or their time over), nothing of one stays behind."""
+    workload, base = service_b(), dict[str, str]()
+    recorded: list[specs.AppFault] = []
+    past: dict[int, tuple[dict[str, str], list[str]]] = {1: ({}, [])}
+    for number, step in enumerate(steps):
+        match step:
+            case ("inject", place, env):
+                recorded.append(specs.AppFault(id=f"f-{number}", instance=place, env=env))
+                workload = specs.with_fault(workload, recorded[-1], reason="", now=NOW)
+            case ("end", which) if recorded:
+                ended = recorded.pop(which % len(recorded)).id
+                workload = specs.without_faults(workload, [ended], reason="", now=NOW)
+            case ("release", env):
+                base = {**base, **env}
+                workload = specs.with_env(workload, env, instance=None, reason="", now=NOW)
+            case ("roll back", which):
+                target = workload.revisions[which % len(workload.revisions)].revision
+                base, carried = past[target]
+                recorded = [one for one in recorded if one.instance is None and one.id in carried]
+                workload = specs.rolled_back(workload, target, reason="", now=NOW)
+        past[workload.current.revision] = (base, [one.id for one in recorded if one.instance is None])
+        assert list(workload.faults) == recorded
+        for instance in workload.ids():
+            expected = dict(base)
+            for fault in recorded:
+                if fault.instance in {None, instance}:
+                    expected |= fault.env
+            assert workload.of(instance)[1] == expected
+    workload = specs.without_faults(workload, None, reason="", now=NOW)
+    assert [workload.of(one)[1] for one in workload.ids()] == [base, base]
+    assert workload.overrides == {}
 
 
-def test_a_timer_leaves_a_later_change_alone() -> None:
-    first = service_b()
-    timer = specs.timer_for(
-        first, {"LAT_MS": "1", "ERR_RATE": "1"}, instance=None, expires_at=NOW, fault_id="f"
+def test_what_an_instance_runs_changes_only_with_its_revision() -> None:
+    """A rollout replaces the instances whose revision is another one; so no other may differ."""
+    workload = specs.with_fault(
+        service_b(),
+        specs.AppFault(id="a", instance="service-b-v1-2", env={"ERR_RATE": "1"}),
+        reason="",
+        now=NOW,
     )
-    workload = specs.with_env(first, dict(timer.after), instance=None, reason="", now=NOW)
-    workload = specs.with_env(workload, {"LAT_MS": "7"}, instance=None, reason="another", now=NOW)
-    spec = up().replacing(workload).model_copy(update={"timers": (timer,)})
-    assert service_b(specs.expired(spec, timer, now=NOW)).current.env == {"LAT_MS": "7"}
+    before = workload.of("service-b-v1-2")
+    workload = specs.with_fault(workload, specs.AppFault(id="b", env={"LAT_MS": "9"}), reason="", now=NOW)
+    after = workload.of("service-b-v1-2")
+    assert after[1] == {"ERR_RATE": "1", "LAT_MS": "9"}
+    assert after[0] not in {before[0], workload.current.revision}
 
 
-def test_a_timer_of_something_that_is_gone_just_ends() -> None:
-    spec = up(versions={"service-b": ["v2"]})
-    timer = specs.timer_for(
-        spec.workloads["service-b/v2"],
-        {"LAT_MS": "1"},
-        instance="service-b-v2-1",
-        expires_at=NOW,
-        fault_id="f",
+def test_faults_that_overlap_in_time_leave_nothing() -> None:
+    first = specs.AppFault(id="a", env={"LAT_MS": "100"}, expires_at=NOW + 5)
+    second = specs.AppFault(id="b", env={"LAT_MS": "200"}, expires_at=NOW + 9)
+    workload = specs.with_fault(service_b(), first, reason="", now=NOW)
+    workload = specs.with_fault(workload, second, reason="", now=NOW)
+    assert up().replacing(workload).ends() == {"a": NOW + 5, "b": NOW + 9}
+    workload = specs.without_faults(workload, ["a"], reason="", now=NOW + 5)
+    assert workload.current.env == {"LAT_MS": "200"}
+    workload = specs.without_faults(workload, ["b"], reason="", now=NOW + 9)
+    assert workload.current.env == {}
+    assert up().replacing(workload).ends() == {}
+
+
+def test_a_fault_with_another_end() -> None:
+    spec = up().replacing(
+        specs.with_fault(
+            service_b(), specs.AppFault(id="a", env={"LAT_MS": "1"}, expires_at=1), reason="", now=NOW
+        )
     )
-    gone = spec.replacing(specs.scaled(spec.workloads["service-b/v2"], 0))
-    gone = gone.model_copy(update={"timers": (timer,)})
-    assert specs.expired(gone, timer, now=NOW).timers == ()
+    assert specs.ending(spec, "a", 7).ends() == {"a": 7}
+
+
+def test_a_changed_app_file_keeps_the_faults() -> None:
+    broken = specs.with_fault(service_b(), specs.AppFault(id="a", env={"LAT_MS": "1"}), reason="", now=NOW)
+    data = PAIR.model_dump()
+    data["services"]["service-b"]["versions"]["v1"]["env"] = {"LAT_MS": "5", "X": "y"}
+    after = service_b(up(up().replacing(broken), App.model_validate(data)))
+    assert after.current.env == {"LAT_MS": "1", "X": "y"}
+    assert specs.without_faults(after, ["a"], reason="", now=NOW).current.env == {"LAT_MS": "5", "X": "y"}
+
+
+def test_scaling_down_forgets_faults_of_those_gone() -> None:
+    workload = specs.with_fault(
+        service_b(),
+        specs.AppFault(id="a", instance="service-b-v1-2", env={"ERR_RATE": "1"}),
+        reason="",
+        now=NOW,
+    )
+    assert specs.scaled(specs.scaled(workload, 1), 2).faults == ()
+    assert specs.scaled(workload, 3).faults == workload.faults
+
+
+def test_an_instance_that_takes_the_place_of_another() -> None:
+    """As a pod does: under another name, with what the other one carried."""
+    fault = specs.AppFault(id="a", instance="old", env={"ERR_RATE": "1"})
+    workload = specs.with_fault(service_b(), fault, reason="", now=NOW)
+    workload = specs.renamed(workload, "old", "new")
+    workload = specs.with_fault(
+        workload, specs.AppFault(id="b", instance="new", env={"LAT_MS": "1"}), reason="", now=NOW
+    )
+    assert workload.of("new")[1] == {"ERR_RATE": "1", "LAT_MS": "1"}
+    assert specs.uniform(workload).faults == ()
 
 
 def test_names_of_things_that_are_not_there() -> None:

@@ -18,8 +18,8 @@ from meshdemo.resources import DEFAULT_POLICY
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import manifests
 from meshdemo.runtime.kubernetes.manifests import Site
-from meshdemo.runtime.kubernetes.specs import env_patch, initial_load
-from meshdemo.runtime.local.spec import MeshSpec, wanted
+from meshdemo.runtime.kubernetes.specs import env_patch
+from meshdemo.runtime.local.spec import MeshSpec, initial_load, wanted
 from meshdemo.ui import grafana
 
 VERSIONS = ("1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")

@@ -136,13 +136,51 @@ def test_a_template_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
 
 
 def test_faults_on_the_same_requests_combine() -> None:
-    assert combine([]) is None
-    assert combine(
-        [fault(lat_ms=5, share=0.5), fault(lat_ms=9, share=0.1), fault(err_rate=0.5)]
-    ) == Degradation(9, 0.1, 0.5)
-    both = combine([fault(err_rate=0.5), fault(err_rate=0.2)])
+    assert combine([]) == [(1, None)]
+    assert combine([fault(lat_ms=9, share=0.1), fault(err_rate=0.5)]) == [(1, Degradation(9, 0.1, 0.5))]
+    ((_, both),) = combine([fault(err_rate=0.5), fault(err_rate=0.2)])
     assert both
     assert both.err_rate == pytest.approx(0.6)
+
+
+def test_latencies_with_shares_are_all_felt() -> None:
+    """Nine of ten get the 100 ms that all get, one the 300 ms that a tenth gets."""
+    assert combine([fault(lat_ms=100), fault(lat_ms=300, share=0.1)]) == [
+        (0.1, Degradation(300, 1, 0)),
+        (1, Degradation(100, 1, 0)),
+    ]
+    assert combine([fault(lat_ms=100, share=0.5), fault(lat_ms=300, share=0.5), fault(lat_ms=7)]) == [
+        (0.5, Degradation(300, 1, 0)),
+        (0.75, Degradation(100, 1, 0)),
+        (1, Degradation(7, 1, 0)),
+    ]
+    assert combine([fault(lat_ms=100), fault(lat_ms=50, share=0.1)]) == [(1, Degradation(100, 1, 0))]
+    assert combine([fault(lat_ms=1, share=0.5), fault(lat_ms=2, share=0.5)])[-1] == (1, None)
+
+
+LATENCIES = st.lists(
+    st.tuples(st.sampled_from([5, 50, 500]), st.floats(0.01, 1), st.sampled_from([0, 0.5])), max_size=4
+)
+
+
+@given(LATENCIES)
+def test_every_request_gets_the_longest_latency_that_strikes_it(
+    asked: list[tuple[float, float, float]],
+) -> None:
+    faults = [fault(lat_ms=lat, share=share, err_rate=err) for lat, share, err in asked]
+    felt: dict[float, float] = {}
+    before = 0.0
+    for below, what in combine(faults):
+        part, before = below - before, below
+        lat, share = (what.lat_ms, what.share) if what else (0.0, 1.0)
+        felt[lat] = felt.get(lat, 0) + part * share
+        felt[0] = felt.get(0, 0) + (part * (1 - share) if lat else 0)
+    assert before == 1
+    for lat in (5, 50, 500):
+        spared = 1.0
+        for one in faults:
+            spared *= 1 - one.share if one.lat_ms >= lat else 1
+        assert sum(part for what, part in felt.items() if what >= lat) == pytest.approx(1 - spared, abs=1e-5)
 
 
 PATHS = st.sampled_from(["/", "/w", "/work", "/work/x", "/api", "/api/slow", "/other"])
@@ -184,7 +222,7 @@ def test_a_request_meets_exactly_the_faults_that_are_for_it(
     service = Service.model_validate({"port": 1, "versions": {"v1": {"command": ["x"]}}, "routes": routes})
     entry = taken(inbound_routes(service, faults, lambda name: name), path, method, caller)
     meant = [f for f in faults if path.startswith(f.route or "/") and f.caller in (None, caller)]
-    assert entry.fault == combine(meant)
+    assert [(1.0, entry.fault)] == combine(meant)
     # And faults do not change what the route is called.
     assert entry.name == taken(inbound_routes(service, [], lambda name: name), path, method, caller).name
 

@@ -205,6 +205,7 @@ class FakeRuntime:
     def __init__(self, control: FakeControl) -> None:
         self._control = control
         self.fails = False
+        self.carried: list[str] = []
 
     def control(self) -> FakeControl:
         return self._control
@@ -240,6 +241,9 @@ class FakeRuntime:
             )
             for n in (1, 2, 3)
         ]
+
+    def faults(self) -> list[str]:
+        return self.carried
 
     def rollback(self, service: str, version: str, revision: int, *, reason: str) -> WorkloadRevision:
         self._control.calls.append(("rollback", (version, revision)))

@@ -18,6 +18,10 @@ GATEWAY = "gateway"
 """The caller that is the mesh's edge. No service of an app has this name."""
 
 
+# The programs that honour LAT_MS and ERR_RATE (meshdemo.workloads.breakable).
+_BREAKABLE = {"service_b", "emojivoto.web", "emojivoto.emoji", "emojivoto.voting"}
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,6 +57,16 @@ class Workload(_Strict):
     instances: int = Field(default=1, ge=0, le=1000)
     env: dict[str, str] = Field(default_factory=dict)
     initial: bool = Field(default=True, description="started by `up`; false: only with --version")
+    faults: bool | None = Field(
+        default=None,
+        description="it honours LAT_MS (ms) and ERR_RATE (0 to 1) in its environment, so that "
+        "`fault --at app` can break it; null: so it is if it is a built-in program that does",
+    )
+
+    @property
+    def honours_faults(self) -> bool:
+        """Whether LAT_MS and ERR_RATE in its environment make it slow and faulty."""
+        return self.program in _BREAKABLE if self.faults is None else self.faults
 
     @model_validator(mode="after")
     def _something_to_run(self) -> Workload:

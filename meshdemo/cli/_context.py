@@ -147,14 +147,25 @@ def sidecars(count: int) -> str:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """A SIGTERM or SIGHUP in the block ends it like Ctrl-C: what was started is undone."""
+def stoppable(*, undoing: bool = False) -> Iterator[None]:
+    """A SIGTERM or SIGHUP in the block ends it like Ctrl-C: what was started is undone.
+
+    Args:
+        undoing: say so, and ignore further ones, Ctrl-C too, until the block is left: half an undoing would
+            leave half of what was begun.
+    """
     import signal
 
+    numbers = [signal.SIGTERM, signal.SIGHUP, *([signal.SIGINT] if undoing else [])]
+
     def interrupt(*_: object) -> None:
+        if undoing:
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)
+            os.write(2, b"meshdemo: interrupted; undoing what was begun\n")
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

@@ -16,14 +16,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meshdemo.cli import _context, _values
-from meshdemo.errors import Failed, MeshdemoError, Missing
+from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 
 if TYPE_CHECKING:
     from meshdemo.control.client import SignalRow
@@ -56,8 +56,8 @@ def command(
     context = _context.of(ctx)
     where, _ = choose(runtime, context.name)
     ran_before = _runs(where)
-    story = _Story(context, where, rps)
-    with _context.stoppable(), _cleaned_up(story, remove=not (keep or ran_before)):
+    story = _Story(context, where, rps, ran_before=ran_before)
+    with _context.stoppable(undoing=True), _cleaned_up(story, remove=not (keep or ran_before)):
         story.bring_up()
         for title, asked in _acts():
             story.wait_until_calm()
@@ -101,7 +101,7 @@ class _Act:
 class _Story:
     """The mesh, the watch beside it, and what has happened so far."""
 
-    def __init__(self, context: _context.Context, runtime: Runtime, rps: float) -> None:
+    def __init__(self, context: _context.Context, runtime: Runtime, rps: float, *, ran_before: bool) -> None:
         self.runtime = runtime
         self._rps = rps
         self.acts: list[_Act] = []
@@ -112,6 +112,7 @@ class _Story:
         self._open: set[str] = set()  # incidents
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the story
         self._began = time.monotonic()
+        self._load_before = _load(runtime) if ran_before else None
 
     @property
     def healed(self) -> bool:
@@ -167,9 +168,7 @@ class _Story:
 
         self._tell(title)
         outcome = faults.inject(self.runtime, asked)
-        self._context.say(
-            f"  {tables.fault_words(outcome.fault)}, in force after {outcome.effective_ms:.0f} ms"
-        )
+        self._show(f"  {tables.fault_words(outcome.fault)}, in force after {outcome.effective_ms:.0f} ms")
         act = _Act(title, outcome.fault.id, outcome.fault.started_at)
         # What is amiss already may swallow the fault, instead of becoming an incident of its own.
         act.incidents |= self._open
@@ -179,8 +178,22 @@ class _Story:
             while not act.healed and time.monotonic() < give_up:
                 for event in self._take_events(0.5):
                     self._follow(act, event)
-        # What watch did not end (the record of a fault whose harm it has undone) ends here.
-        faults.clear(self.runtime)
+        self._clear(act)
+
+    def _clear(self, act: _Act) -> None:
+        """End what watch did not end (the record of a fault whose harm it has undone), and nothing else."""
+        from meshdemo.runtime import faults
+
+        with suppress(BadInput):
+            faults.clear(self.runtime, act.fault_id)
+
+    def restore(self) -> None:
+        """Leave a mesh that ran before as it was: without our faults, at the load that it had."""
+        if self._load_before is None:
+            return
+        for act in self.acts:
+            self._clear(act)
+        self.runtime.set_load(self._load_before)
 
     def report(self) -> None:
         """Print the report of what happened."""
@@ -290,15 +303,17 @@ class _Story:
 
     # -- telling ------------------------------------------------------------------------------------------
 
-    def _tell(self, line: str) -> None:
-        if not self._context.as_json:
-            from rich.text import Text
+    def _show(self, what: Any) -> None:
+        """Progress: for a person at a terminal only."""
+        if self._context.chatty:
+            self._context.stderr.print(what)
 
-            self._context.console.print(Text(f"▸ {line}", "bold"))
+    def _tell(self, line: str) -> None:
+        from rich.text import Text
+
+        self._show(Text(f"▸ {line}", "bold"))
 
     def _print_event(self, event: dict[str, Any]) -> None:
-        if self._context.as_json:
-            return
         from rich.table import Table
 
         from meshdemo.ui import format as fmt
@@ -307,22 +322,28 @@ class _Story:
         row.add_column(no_wrap=True)
         row.add_column()
         row.add_row(f"  {fmt.clock(event['time'])} {event['event']:<10}", str(event.get("text", "")))
-        self._context.console.print(row)
+        self._show(row)
 
     def _print_signals(self) -> None:
-        if self._context.as_json:
+        if not self._context.chatty:
             return
         from rich.padding import Padding
 
         from meshdemo.ui import tables
 
         rows = self.runtime.control().signals(by="instance", window_s=2, service=SERVICE)
-        self._context.console.print(Padding(tables.signals(rows, "instance"), (0, 0, 0, 2), expand=False))
+        self._show(Padding(tables.signals(rows, "instance"), (0, 0, 0, 2), expand=False))
 
 
 def _is_well(row: SignalRow, rps: float) -> bool:
     quick = row["p95_ms"] is not None and row["p95_ms"] < _QUICK_MS
     return quick and (row["success_rate"] or 0) >= _WELL and row["rps"] > rps / 2
+
+
+def _load(runtime: Runtime) -> float | None:
+    """The load that a running mesh makes (requests/s of each instance that makes some)."""
+    asked = runtime.control().intent().load_rps
+    return runtime.load() if asked is None else asked
 
 
 def _runs(runtime: Runtime) -> bool:
@@ -346,6 +367,7 @@ def _cleaned_up(story: _Story, *, remove: bool) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         try:
             story.stop_watch()
+            story.restore()
         finally:
             if remove:
                 try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meshdemo.cli import _context, _values
+from meshdemo.errors import BadInput
 
 if TYPE_CHECKING:
     from meshdemo.runtime.faults import FaultOutcome
@@ -53,6 +54,7 @@ def fault(
 ) -> None:
     """Break something on purpose."""
     if ctx.invoked_subcommand is not None:
+        _refuse_options(ctx)
         return
     from meshdemo.runtime import faults
 
@@ -62,12 +64,23 @@ def fault(
         crash=crash, hang=hang,
     )  # fmt: skip
     context = _context.of(ctx)
-    with context.progress("Breaking it"):
+    with _context.stoppable(undoing=True), context.progress("Breaking it"):
         outcome = faults.inject(context.runtime, asked)
     if context.as_json:
         context.emit(outcome.to_json())
     else:
         context.say(_sentence(outcome))
+
+
+def _refuse_options(ctx: typer.Context) -> None:
+    """Raises BadInput if options say what to break, and a subcommand says not to."""
+    given = [
+        option.opts[0]
+        for option in ctx.command.params
+        if option.expose_value and ctx.params.get(str(option.name)) not in (None, False)
+    ]
+    if given:
+        raise BadInput(f"{', '.join(given)}: makes no sense with `fault {ctx.invoked_subcommand}`")
 
 
 def _sentence(outcome: FaultOutcome) -> str:
@@ -111,7 +124,7 @@ def clear(
     from meshdemo.runtime import faults
 
     context = _context.of(ctx)
-    with context.progress("Mending it"):
+    with _context.stoppable(undoing=True), context.progress("Mending it"):
         cleared = faults.clear(context.runtime, fault_id)
     if context.as_json:
         context.emit(cleared.to_json())

@@ -10,6 +10,7 @@ The global options are parameters of every command too: `meshdemo -o json stat` 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "bench": ("Measure", "bench", "What the mesh costs and how fast it heals, beside alternatives."),
 }
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
@@ -174,6 +176,9 @@ def meshdemo(
 def run(argv: list[str] | None = None) -> NoReturn:
     """Entry point of the `meshdemo` script: run the command and exit with its status."""
     context = Context()
+    if sys.stdout is None:  # started with `>&-`
+        _complain("stdout is closed", "send it somewhere, or to /dev/null", context, None)
+        sys.exit(1)
     try:
         status = typer.main.get_command(app).main(
             args=argv, prog_name="meshdemo", standalone_mode=False, obj=context
@@ -198,15 +203,27 @@ def run(argv: list[str] | None = None) -> NoReturn:
             where = getattr(getattr(error, "ctx", None), "command_path", "meshdemo")
             _complain(f"{message.rstrip('.')} (see `{where} --help`)", "", context, None)
         status = getattr(error, "exit_code", 2)
+    except OSError as error:
+        # What happens to a file carries its name; what is left is what was printed.
+        if error.filename is None and error.errno in _FULL:
+            _complain(f"cannot write to stdout: {error.strerror}", "", context, error)
+            _close_stdout()
+        else:
+            _complain_internal(error, context)
+        status = 1
     except Exception as error:
-        _complain(
-            f"internal error: {type(error).__name__}: {error}",
-            "" if context.verbose else "run it again with --verbose for the traceback, and report it",
-            context,
-            error,
-        )
+        _complain_internal(error, context)
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _complain_internal(error: Exception, context: Context) -> None:
+    _complain(
+        f"internal error: {type(error).__name__}: {error}",
+        "" if context.verbose else "run it again with --verbose for the traceback, and report it",
+        context,
+        error,
+    )
 
 
 def _complain(message: str, remedy: str, context: Context, error: BaseException | None) -> None:

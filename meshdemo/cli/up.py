@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _GRACE_S = 1.0  # a step that knows why it is late gives up by itself, and says so
 
 
+_MAX_TIMEOUT_S = 86_400.0
+
+
 def command(
     ctx: typer.Context,
     runtime: Annotated[
@@ -111,8 +114,8 @@ def command(
     versions: dict[str, list[str]] = {}
     for name, text in _pairs(version, "--version", "SERVICE=VERSION"):
         versions.setdefault(name, []).append(text)
-    if not timeout > 0:
-        raise BadInput(f"--timeout {timeout:g}: a time-out is more than zero (seconds)")
+    if not 0 < timeout <= _MAX_TIMEOUT_S:
+        raise BadInput(f"--timeout {timeout:g}: a time-out is more than zero and at most a day (86400 s)")
     if gateway_port is not None and not 1 <= gateway_port <= 65535:
         raise BadInput(f"--gateway-port {gateway_port}: allowed is 1 to 65535")
 
@@ -134,7 +137,7 @@ def command(
     steps = where.steps(options)
     if steps and frame.chatty:
         frame.stderr.print(f"Mesh '{frame.name}' on the {where.kind} runtime ({why}), app {definition.name}")
-    with _context.stoppable():
+    with _context.stoppable(undoing=True):
         seconds = run_steps(steps, frame.stderr if frame.chatty else None, timeout_s=timeout + _GRACE_S)
     if otlp_endpoint is not None:
         where.control().set_traces(None if otlp_endpoint == "off" else otlp_endpoint)

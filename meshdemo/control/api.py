@@ -174,6 +174,8 @@ class Control:
         """Put a fault in force, or record one that was made elsewhere."""
         fault = intents.new_fault(asked, self.mesh, self.clock())
         effect = self.change(lambda intent, _: intents.add_fault(intent, fault))
+        if fault.starting:
+            return fault, effect
         self.record(
             {
                 **fault.model_dump(mode="json", exclude={"id"}, exclude_none=True),
@@ -218,6 +220,8 @@ class Control:
 
     def _record_cleared(self, gone: Sequence[Fault]) -> None:
         for fault in gone:
+            if fault.starting:
+                continue  # nothing was told of it yet
             self.record(
                 {
                     "event": "fault_cleared",
@@ -375,6 +379,7 @@ class _FaultBody(_Body):
     revision: int | None = None
     started_at: float | None = None
     for_s: float | None = None
+    starting: bool = False
 
 
 class _AccessBody(_Body):

@@ -249,6 +249,7 @@ class ControlClient:
         started_at: float | None = None,
         for_s: float | None = None,
         fault_id: str | None = None,
+        starting: bool = False,
     ) -> FaultResult:
         """Put a fault in force on the sidecars (`at` mesh), or record one made elsewhere (app, process).
 
@@ -257,6 +258,7 @@ class ControlClient:
             started_at: when it began, for a recorded one; default: now.
             for_s: clears itself after so many seconds.
             fault_id: default: one is made up.
+            starting: it is on its way (app, process); recorded again, with the same id, when it has begun.
         """
         from meshdemo.control.model import Effect, Fault
 
@@ -264,6 +266,7 @@ class ControlClient:
             "id": fault_id, "at": at, "kind": kind, "service": service, "version": version,
             "instance": instance, "route": route, "caller": caller, "lat_ms": lat_ms, "err_rate": err_rate,
             "share": share, "revision": revision, "started_at": started_at, "for_s": for_s,
+            "starting": starting or None,
         }  # fmt: skip
         answer = self._call("POST", "/v1/faults", body={k: v for k, v in body.items() if v is not None})
         return FaultResult(Fault.model_validate(answer["fault"]), Effect.model_validate(answer["effect"]))

@@ -31,7 +31,7 @@ MAX_RPS = 100_000.0
 
 _REQUEST_FIELDS = frozenset(
     ("id", "at", "kind", "service", "version", "instance", "route", "caller", "lat_ms", "err_rate", "share",
-     "revision", "started_at", "for_s")
+     "revision", "started_at", "for_s", "starting")
 )  # fmt: skip
 
 
@@ -96,6 +96,7 @@ def new_fault(request: Mapping[str, Any], mesh: MeshState, now: float) -> Fault:
             share=share,
             revision=request.get("revision"),
             started_at=started_at,
+            starting=bool(request.get("starting")) and at != "mesh",
             expires_at=None if for_s is None else started_at + for_s,
         )
     except ValidationError as error:
@@ -103,14 +104,14 @@ def new_fault(request: Mapping[str, Any], mesh: MeshState, now: float) -> Fault:
 
 
 def add_fault(intent: Intent, fault: Fault) -> Intent:
-    """The intent with one more fault.
+    """The intent with one more fault, or with one that was `starting` as it is now.
 
     Raises:
         BadInput: its id is taken.
     """
-    if any(other.id == fault.id for other in intent.faults):
+    if any(other.id == fault.id and not other.starting for other in intent.faults):
         raise BadInput(f"fault '{fault.id}' exists already", "leave the id out, or clear the other one first")
-    return _next(intent, faults=(*intent.faults, fault))
+    return _next(intent, faults=(*(other for other in intent.faults if other.id != fault.id), fault))
 
 
 def clear_fault(intent: Intent, fault_id: str) -> Intent:

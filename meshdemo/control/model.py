@@ -92,6 +92,9 @@ class Fault(_Value):
     share: float = Field(default=1, ge=0, le=1, description="share of requests that get the latency")
     revision: int | None = Field(default=None, description="workload revision that carries it (at app)")
     started_at: float = Field(description="when the first request could feel it")
+    starting: bool = Field(
+        default=False, description="on its way (at app, process): recorded before anything is done"
+    )
     expires_at: float | None = None
 
 
@@ -165,6 +168,10 @@ class WorkloadRevision(_Value):
     version: str
     revision: int
     env: dict[str, str] = Field(default_factory=dict)
+    faults: tuple[str, ...] = Field(default=(), description="the faults that it carries")
+    base: dict[str, str] | None = Field(
+        default=None, description="its env without them, where it carries any"
+    )
     created_at: float
     reason: str = ""
     instance: str | None = Field(

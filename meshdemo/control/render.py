@@ -84,19 +84,37 @@ class InboundRoute:
     method: str | None = None
     caller: str | None = None  # SPIFFE identity
     fault: Degradation | None = None
+    # Only requests whose random number is below this share are taken; Envoy draws one number for a request
+    # and compares it with every entry's share. 1: all of them.
+    below: float = 1.0
 
 
-def combine(faults: Iterable[Fault]) -> Degradation | None:
-    """Several faults on the same requests: the longest latency counts, errors strike independently."""
+def combine(faults: Iterable[Fault]) -> list[tuple[float, Degradation | None]]:
+    """Several faults on the same requests, as parts of these: (share of them up to here, what they meet).
+
+    Faults strike independently. Of the latencies that strike a request the longest counts, so where several
+    have shares, requests are told apart: those with the longest latency first, and those with none at last.
+    """
     faults = list(faults)
-    slowest = max(faults, key=lambda fault: fault.lat_ms, default=None)
-    if slowest is None:
-        return None
     spared = 1.0
     for fault in faults:
         spared *= 1 - fault.err_rate
-    degradation = Degradation(slowest.lat_ms, slowest.share, round(1 - spared, 6))
-    return degradation if degradation.lat_ms or degradation.err_rate else None
+    err_rate = round(1 - spared, 6)
+    slow = sorted((one for one in faults if one.lat_ms and one.share), key=lambda one: -one.lat_ms)
+    # What comes below a latency that all requests get never counts.
+    last = next((number for number, one in enumerate(slow) if one.share == 1), len(slow))
+    slow = slow[: last + 1]
+    if len(slow) <= 1:
+        lat_ms, share = (slow[0].lat_ms, slow[0].share) if slow else (0.0, 1.0)
+        return [(1.0, Degradation(lat_ms, share, err_rate) if lat_ms or err_rate else None)]
+    parts: list[tuple[float, Degradation | None]] = []
+    quick = 1.0
+    for one in slow:
+        quick *= 1 - one.share
+        parts.append((round(1 - quick, 6), Degradation(one.lat_ms, 1.0, err_rate)))
+    if quick:
+        parts.append((1.0, Degradation(0.0, 1.0, err_rate) if err_rate else None))
+    return parts
 
 
 def declared_routes(service: Service) -> list[Route]:
@@ -123,10 +141,14 @@ def inbound_routes(
             anyone = [fault for fault in meeting if fault.caller is None]
             for caller in dict.fromkeys(fault.caller for fault in meeting if fault.caller):
                 its = [*anyone, *(fault for fault in meeting if fault.caller == caller)]
-                table.append(
-                    InboundRoute(route.name, kind, path, route.method, identity(caller), combine(its))
-                )
-            table.append(InboundRoute(route.name, kind, path, route.method, None, combine(anyone)))
+                table += [
+                    InboundRoute(route.name, kind, path, route.method, identity(caller), fault, below)
+                    for below, fault in combine(its)
+                ]
+            table += [
+                InboundRoute(route.name, kind, path, route.method, None, fault, below)
+                for below, fault in combine(anyone)
+            ]
     return table
 
 

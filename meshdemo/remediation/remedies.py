@@ -90,10 +90,13 @@ class Remedies:
             target = revision if revision is not None else self._revision_before(plan.service, version)
             new = self._runtime.rollback(plan.service, version, target, reason=reason)
             done.append(f"{version} runs revision {new.revision}, as revision {target} was")
-        versions = set(plan.rollbacks)
+        carried = set(self._runtime.faults())  # what an earlier revision carried already is still in force
         self._forget_faults(
             lambda fault: (
-                fault.at == "app" and fault.service == plan.service and fault.version in {None, *versions}
+                fault.at == "app"
+                and fault.service == plan.service
+                and not fault.starting
+                and fault.id not in carried
             )
         )
         return "; ".join(done)

@@ -143,6 +143,7 @@ class Situation:
             fault
             for fault in self.intent.faults
             if fault.service == service
+            and not fault.starting
             and (version is None or fault.version in (None, version))
             and (instance is None or fault.instance in (None, instance))
             and (caller is None or fault.caller in (None, caller))

@@ -6,7 +6,7 @@ every runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -88,7 +88,20 @@ class Runtime(Protocol):
         """Roll out a new revision with these variables set (None: unset), no request failing.
 
         Returns when every affected instance runs it and is ready. `instance`: only this one.
-        `expires_at`: the runtime itself rolls back to the revision before at that time.
+        `fault_id`: it is a fault, laid over what is set otherwise until `end_faults`, or until `expires_at`,
+        when the runtime itself ends it.
+        """
+        ...
+
+    def faults(self) -> list[str]:
+        """The ids of the faults in workloads' environments."""
+        ...
+
+    def end_faults(self, ids: Collection[str] | None, *, reason: str) -> list[str]:
+        """Take these faults (None: all) out of the workloads that carry them; those that there were.
+
+        What a workload then runs with is what it has without them, with the faults that are left. Returns
+        when every affected instance runs it and is ready. An id that no workload carries is fine.
         """
         ...
 
@@ -114,6 +127,10 @@ class Runtime(Protocol):
 
     def unhang(self, instance: str) -> None:
         """Let a stopped process of an instance go on (SIGCONT)."""
+        ...
+
+    def load(self) -> float | None:
+        """The rate (requests/s) of each instance that makes load, unless the intent has another."""
         ...
 
     def set_load(self, rps: float) -> None:

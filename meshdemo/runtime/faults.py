@@ -3,27 +3,32 @@
 A fault lives in one of three places: in the sidecars (`at` mesh: the control plane alone), in the
 environment of a workload (`at` app: a new revision, which the runtime rolls out), or in a process that is
 killed or stopped (`at` process: the runtime). Whatever the place, the control plane keeps the record, so
-that listing, clearing, watch and report know all of them.
+that listing, clearing, watch and report know all of them. The record is made before anything is done, as
+`starting`, and ended after everything is undone: whatever dies in between, no fault is in force that nobody
+lists.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from meshdemo.errors import BadInput
+from meshdemo.errors import BadInput, MeshdemoError
 
 if TYPE_CHECKING:
     from meshdemo.apps.model import App
     from meshdemo.control.model import Fault, Instance
     from meshdemo.runtime.base import Runtime
 
-MAX_LATENCY_MS = 3_600_000.0  # as the control plane has it
+MAX_LATENCY_MS = 3_600_000.0  # as the control plane has it, and so the two below
+MIN_SHARE = 1e-6  # Envoy counts in millionths
+MAX_DURATION_S = 365 * 86_400.0
 DEFAULT_SERVICE = "service-b"
 LATENCY_VARIABLE = "LAT_MS"
 ERROR_VARIABLE = "ERR_RATE"
@@ -94,8 +99,11 @@ def request(
         raise BadInput(f"--err {err_rate:g}: an error share is 0 to 1")
     if share is not None and not 0 <= share <= 1:
         raise BadInput(f"--share {share:g}: a share of requests is 0 to 1")
-    if for_s is not None and not 0 < for_s < math.inf:
-        raise BadInput(f"--for {for_s:g}: a duration is more than zero")
+    for option, value in (("--err", err_rate), ("--share", share)):
+        if value and value < MIN_SHARE:
+            raise BadInput(f"{option} {value:g}: the least share above 0 is {MIN_SHARE:f}, one in a million")
+    if for_s is not None and not 0 < for_s <= MAX_DURATION_S:
+        raise BadInput(f"--for {for_s:g} s: a duration is more than 0 s and at most 365 days")
     if route is not None and not route.startswith("/"):
         raise BadInput(f"--route {route!r}: a route is a path prefix that starts with '/'")
     if crash or hang:
@@ -104,9 +112,9 @@ def request(
             for_s=for_s, service=service, version=version, instance=instance,
         )  # fmt: skip
     place: Literal["app", "mesh"] = "mesh" if at == "mesh" else "app"
-    for option, value in (("--route", route), ("--caller", caller), ("--share", share)):
-        if place == "app" and value is not None:
-            raise BadInput(f"{option} {value}: allowed with --at mesh only; the app breaks for everyone")
+    for option, given in (("--route", route), ("--caller", caller), ("--share", share)):
+        if place == "app" and given is not None:
+            raise BadInput(f"{option} {given}: allowed with --at mesh only; the app breaks for everyone")
     if share is not None and not lat_ms:
         raise BadInput(f"--share {share:g}: it says which share of requests gets the latency, so give --lat")
     if lat_ms is None and err_rate is None:
@@ -182,7 +190,21 @@ def resolve(asked: FaultRequest, app: App, instances: Sequence[Instance]) -> Tar
     ]
     if not meant:
         raise BadInput(f"{service} has no instance that runs; `meshdemo status` shows what does")
-    return Target(service, tuple(dict.fromkeys(one.version for one in meant)), tuple(meant))
+    versions = tuple(dict.fromkeys(one.version for one in meant))
+    if asked.at == "app":
+        _check_breakable(app, service, versions)
+    return Target(service, versions, tuple(meant))
+
+
+def _check_breakable(app: App, service: str, versions: Sequence[str]) -> None:
+    """Raises BadInput if a workload does not read the variables, and so would only be restarted."""
+    for version in versions:
+        program = app.services[service].versions.get(version)
+        if program is None or not program.honours_faults:
+            raise BadInput(
+                f"{service} {version} does not honour {LATENCY_VARIABLE} and {ERROR_VARIABLE} (if it does, "
+                "say `faults: true` in the app file): break it in its sidecars, with --at mesh"
+            )
 
 
 def inject(runtime: Runtime, asked: FaultRequest, clock: Callable[[], float] = time.time) -> FaultOutcome:
@@ -210,38 +232,54 @@ def _inject_process(
 ) -> FaultOutcome:
     # Without --instance any copy will do; one that takes traffic makes the better demonstration.
     victim = max(target.instances, key=lambda one: one.ready)
-    started_at = clock()
-    (runtime.crash if asked.kind == "crash" else runtime.hang)(victim.id)
-    effective_ms = (clock() - started_at) * 1000
-    fault, _ = runtime.control().add_fault(
-        at="process", kind=asked.kind, service=target.service, version=victim.version, instance=victim.id,
-        started_at=started_at,
-    )  # fmt: skip
+    fault_id = _new_id()
+
+    def record(started_at: float, *, starting: bool) -> Fault:
+        return (
+            runtime.control()
+            .add_fault(
+                at="process", kind=asked.kind, service=target.service, version=victim.version,
+                instance=victim.id, started_at=started_at, fault_id=fault_id, starting=starting,
+            )
+            .fault
+        )  # fmt: skip
+
+    def undo() -> None:
+        if asked.kind == "hang":
+            runtime.unhang(victim.id)
+
+    with _undone(runtime, fault_id, undo):
+        record(clock(), starting=True)
+        started_at = clock()
+        (runtime.crash if asked.kind == "crash" else runtime.hang)(victim.id)
+        effective_ms = (clock() - started_at) * 1000
+        fault = record(started_at, starting=False)
     return FaultOutcome(fault, effective_ms, 0, (victim.id,))
 
 
 def _inject_app(
     runtime: Runtime, asked: FaultRequest, target: Target, clock: Callable[[], float]
 ) -> FaultOutcome:
-    """Roll the fault out, and record it as soon as the first instance that carries it takes traffic.
+    """Roll the fault out, and record it as begun when the first instance that carries it takes traffic.
 
     Recorded later, watch could find the harm before it knows of the fault, and when it began.
     """
-    fault_id = f"f-{secrets.token_hex(3)}"
+    fault_id = _new_id()
     asked_at = clock()
-    env = _env(asked.lat_ms, asked.err_rate)
+    env = _env(asked.lat_ms or 0, asked.err_rate or 0)
     before = {one.id: one.revision for one in target.instances}
-    done: list[str] = []
+    given_up = threading.Event()
     only = {asked.instance}  # and the one that was made in its place, where a runtime does that
     fault: Fault | None = None
 
     def roll_out() -> None:
         for version in target.versions:
+            if given_up.is_set():
+                return
             rolled = runtime.set_env(
                 target.service, version, dict(env), reason=f"fault {fault_id}", instance=asked.instance,
                 expires_at=asked_at + asked.for_s if asked.for_s else None, fault_id=fault_id,
             )  # fmt: skip
-            done.append(version)
             if rolled.instance is not None:
                 only.add(rolled.instance)
 
@@ -257,7 +295,7 @@ def _inject_app(
     def carriers() -> list[Instance]:
         return [one for one in meant() if one.ready and one.revision != before.get(one.id)]
 
-    def record(carrying: Sequence[Instance]) -> Fault:
+    def record(carrying: Sequence[Instance], *, starting: bool = False) -> Fault:
         revisions = {one.revision for one in carrying}
         return (
             runtime.control()
@@ -266,38 +304,57 @@ def _inject_app(
                 instance=carrying[0].id if asked.instance and carrying else asked.instance,
                 lat_ms=asked.lat_ms or 0, err_rate=asked.err_rate or 0, started_at=clock(),
                 revision=revisions.pop() if len(revisions) == 1 else None, for_s=asked.for_s,
-                fault_id=fault_id,
+                fault_id=fault_id, starting=starting,
             )
             .fault
         )  # fmt: skip
 
     with ThreadPoolExecutor(1) as pool:
-        rolling = pool.submit(roll_out)
-        try:
+        rolling: Future[None] | None = None
+
+        def undo() -> None:
+            given_up.set()
+            if rolling is not None:
+                wait([rolling])
+                runtime.end_faults([fault_id], reason=f"undo of fault {fault_id}")
+
+        with _undone(runtime, fault_id, undo):
+            record((), starting=True)
+            rolling = pool.submit(roll_out)
             while fault is None and not wait([rolling], timeout=_CARRIER_POLL_S).done:
                 if carrying := carriers():
                     fault = record(carrying)
             rolling.result()
             fault = fault or record(carriers())
             ids = tuple(one.id for one in meant())
-        except BaseException:
-            wait([rolling])
-            for version in done:
-                runtime.set_env(
-                    target.service, version, _baseline(runtime, target.service, version, asked.instance, env),
-                    reason=f"undo of fault {fault_id}", instance=asked.instance,
-                )  # fmt: skip
-            if fault is not None:
-                runtime.control().clear_fault(fault_id)
-            raise
     return FaultOutcome(fault, (clock() - asked_at) * 1000, 0, ids)
 
 
-def _env(lat_ms: float | None, err_rate: float | None) -> dict[str, str | None]:
+@contextmanager
+def _undone(runtime: Runtime, fault_id: str, undo: Callable[[], None]) -> Iterator[None]:
+    """What raises in the block is raised again after the fault is undone, and then its record ended.
+
+    A fault that cannot be undone stays on record, to be cleared later.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(MeshdemoError):
+            undo()
+            runtime.control().clear_fault(fault_id)
+        raise
+
+
+def _new_id() -> str:
+    return f"f-{secrets.token_hex(3)}"
+
+
+def _env(lat_ms: float, err_rate: float) -> dict[str, str | None]:
+    """The variables that a fault sets: those in which it harms."""
     env: dict[str, str | None] = {}
-    if lat_ms is not None:
+    if lat_ms:
         env[LATENCY_VARIABLE] = f"{lat_ms:g}"
-    if err_rate is not None:
+    if err_rate:
         env[ERROR_VARIABLE] = f"{err_rate:g}"
     return env
 
@@ -324,8 +381,9 @@ def clear(
 ) -> Cleared:
     """End one fault, or all of them; returns when callers feel nothing of it any more.
 
-    A fault at the app ends with a new revision of the workload (unless a remedy has rolled it back
-    already), a hung process goes on, and a crashed one is back by its supervisor anyway.
+    Faults at the app end with a new revision of the workload, in which those that are left stay as they are
+    (unless a remedy has rolled it back already), a hung process goes on, and a crashed one is back by its
+    supervisor anyway. With all of them end faults in an app's environment that are on no record.
 
     Raises:
         BadInput: there is no fault of this id.
@@ -336,17 +394,21 @@ def clear(
     if fault_id is not None and not ended:
         known = ", ".join(fault.id for fault in faults) or "none"
         raise BadInput(f"no fault '{fault_id}'; in force: {known}")
-    left = [fault for fault in faults if fault not in ended]
-    effective_ms, sidecars = 0.0, 0
+    started, effective_ms, sidecars = clock(), 0.0, 0
+    in_apps = [fault.id for fault in ended if fault.at == "app"]
+    if in_apps or fault_id is None:
+        what = f"fault {fault_id}" if fault_id else "all faults"
+        if runtime.end_faults(None if fault_id is None else in_apps, reason=f"end of {what}") or in_apps:
+            effective_ms = (clock() - started) * 1000
     for fault in ended:
         started = clock()
-        if fault.at == "app":
-            _restore(runtime, fault, left)
-        elif fault.kind == "hang":
+        if fault.kind == "hang":
             _resume(runtime, fault)
-        effect = client.clear_fault(fault.id).effect
-        effective_ms += effect.effective_ms if fault.at == "mesh" else (clock() - started) * 1000
-        sidecars = max(sidecars, effect.sidecars)
+            effective_ms += (clock() - started) * 1000
+        with suppress(BadInput):  # its time was over just now
+            effect = client.clear_fault(fault.id).effect
+            effective_ms += effect.effective_ms if fault.at == "mesh" else 0
+            sidecars = max(sidecars, effect.sidecars)
     return Cleared(ended, effective_ms, sidecars)
 
 
@@ -354,41 +416,3 @@ def _resume(runtime: Runtime, fault: Fault) -> None:
     if fault.instance is None or all(one.id != fault.instance for one in runtime.instances()):
         return  # replaced since
     runtime.unhang(fault.instance)
-
-
-def _restore(runtime: Runtime, fault: Fault, left: Sequence[Fault]) -> None:
-    """Give a workload the environment that it has without this fault (but with those that are left)."""
-    versions = dict.fromkeys(
-        one.version
-        for one in runtime.instances()
-        if one.service == fault.service
-        and fault.version in {None, one.version}
-        and fault.instance in {None, one.id}
-    )
-    for version in versions:
-        mine = _env(fault.lat_ms or None, fault.err_rate or None)
-        if fault.instance is None:
-            # A workload that does not carry the fault any more was rolled back by watch: leave it as it is.
-            current = runtime.revisions(fault.service, version)[-1].env
-            mine = {name: value for name, value in mine.items() if current.get(name) == value}
-        env = _baseline(runtime, fault.service, version, fault.instance, mine)
-        for other in left:
-            same = other.at == "app" and other.service == fault.service and other.instance == fault.instance
-            if same and other.version in {None, version}:
-                others = _env(other.lat_ms or None, other.err_rate or None)
-                env.update({name: value for name, value in others.items() if name in env})
-        if env:
-            runtime.set_env(
-                fault.service, version, env, reason=f"end of fault {fault.id}", instance=fault.instance
-            )
-
-
-def _baseline(
-    runtime: Runtime, service: str, version: str, instance: str | None, names: Iterable[str]
-) -> dict[str, str | None]:
-    """What these variables are without a fault: as in the app file; for one instance, as its workload has."""
-    if instance is not None:
-        env: Mapping[str, str] = runtime.revisions(service, version)[-1].env
-    else:
-        env = runtime.app().services[service].versions[version].env
-    return {name: env.get(name) for name in names}

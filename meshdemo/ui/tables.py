@@ -137,7 +137,8 @@ def faults(rows: Iterable[Fault]) -> Table:
     for fault in rows:
         until = fmt.clock(fault.expires_at) if fault.expires_at else "cleared"
         where, what = _fault_place(fault), _fault_harm(fault)
-        table.add_row(fault.id, fault.at, where, what, fmt.clock(fault.started_at), until)
+        since = "starting" if fault.starting else fmt.clock(fault.started_at)
+        table.add_row(fault.id, fault.at, where, what, since, until)
     return table
 
 

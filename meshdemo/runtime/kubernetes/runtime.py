@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException
@@ -178,44 +178,68 @@ class KubernetesRuntime:
         (`instance`) is not among `revisions`: its pod is replaced by one with another environment, under
         another name (`WorkloadRevision.instance`), and that ends with the next rollback.
         """
-        spec = self.spec_map.load()
         lasts_s = None if expires_at is None else expires_at - time.time()
         if expires_at is not None:
             # It lasts so long from when it is felt, and pods take a while to start: until then, longer.
             expires_at += 2 * _ROLLOUT_S
+
+        def change(workload: specs.WorkloadSpec, instance: str | None) -> specs.WorkloadSpec:
+            if fault_id is None:
+                return specs.with_env(workload, env, instance=instance, reason=reason, now=time.time())
+            variables = {name: value for name, value in env.items() if value is not None}
+            fault = specs.AppFault(id=fault_id, instance=instance, env=variables, expires_at=expires_at)
+            return specs.with_fault(workload, fault, reason=reason, now=time.time())
+
+        spec = self.spec_map.load()
         if instance is not None:
-            one = self._set_env_of_one(spec, instance, env, reason, expires_at, fault_id)
+            one = self._change_one(instance, change, reason)
             self._let_it_last(fault_id, lasts_s)
             return one
         versions = [version] if version else spec.versions(service)
         spec.workload(service, version or next(iter(versions), ""))  # says what is wrong with the names
-
-        def change(workload: specs.WorkloadSpec) -> specs.WorkloadSpec:
-            return specs.with_env(workload, env, instance=None, reason=reason, now=time.time())
-
-        def timer(workload: specs.WorkloadSpec) -> specs.Timer | None:
-            if expires_at is None:
-                return None
-            return specs.timer_for(workload, env, instance=None, expires_at=expires_at, fault_id=fault_id)
-
-        rolled = self._roll(service, versions, change, timer=timer)
+        rolled = self._roll(service, versions, lambda workload: change(workload, None))
         self._let_it_last(fault_id, lasts_s)
         return rolled[-1]
 
     def _let_it_last(self, fault_id: str | None, seconds: float | None) -> None:
         """A fault that is felt from now on ends after so many seconds."""
-        if seconds is None:
+        if fault_id is None or seconds is None:
             return
-        ends = {"expires_at": time.time() + seconds}
+        ends = time.time() + seconds
+        self.spec_map.change(lambda spec: specs.ending(spec, fault_id, ends))
 
-        def begin(spec: specs.MeshSpec) -> specs.MeshSpec:
-            timers = tuple(
-                timer.model_copy(update=ends) if timer.fault_id == fault_id else timer
-                for timer in spec.timers
-            )
-            return spec.model_copy(update={"timers": timers})
+    def faults(self) -> list[str]:
+        """The ids of the faults in workloads' environments."""
+        workloads = self.spec_map.load().workloads.values()
+        return list(dict.fromkeys(fault.id for one in workloads for fault in one.faults))
 
-        self.spec_map.change(begin)
+    def end_faults(self, ids: Collection[str] | None, *, reason: str) -> list[str]:
+        """Take these faults (None: all) out of the workloads that carry them; those that there were."""
+        ended: list[str] = []
+        for workload in self.spec_map.load().workloads.values():
+            mine = [fault for fault in workload.faults if ids is None or fault.id in ids]
+            ended += [fault.id for fault in mine]
+            change = _without([fault.id for fault in mine], reason)
+            if any(fault.instance is None for fault in mine):
+                self._roll(workload.service, [workload.version], change)
+            elif mine:
+                self._end_in_pods(
+                    workload, {fault.instance for fault in mine if fault.instance}, change, reason
+                )
+        return list(dict.fromkeys(ended))
+
+    def _end_in_pods(
+        self,
+        workload: specs.WorkloadSpec,
+        instances: Collection[str],
+        change: Callable[[specs.WorkloadSpec], specs.WorkloadSpec],
+        reason: str,
+    ) -> None:
+        """End faults of single pods: those that are still there are replaced."""
+        for pod in self._pods(workload.service, workload.version):
+            if (name := pod["metadata"]["name"]) in instances:
+                self._change_one(name, lambda its, _: change(its), reason)
+        self.spec_map.change(lambda spec: spec.replacing(change(spec.workloads[workload.key])))
 
     def rollback(self, service: str, version: str, revision: int, *, reason: str) -> WorkloadRevision:
         """Roll out again what `revision` ran with, as a new revision."""
@@ -236,7 +260,6 @@ class KubernetesRuntime:
         versions: Sequence[str],
         change: Callable[[specs.WorkloadSpec], specs.WorkloadSpec],
         *,
-        timer: Callable[[specs.WorkloadSpec], specs.Timer | None] = lambda _: None,
         event: tuple[str, str] | None = None,
     ) -> list[WorkloadRevision]:
         """Change workloads, in the spec and then in the cluster; returns when all pods are new."""
@@ -247,14 +270,16 @@ class KubernetesRuntime:
             for version in versions:
                 old = spec.workload(service, version)
                 before[version] = old
-                timers = [*spec.timers, *filter(None, [timer(old)])]
-                spec = spec.replacing(change(old)).model_copy(update={"timers": tuple(timers)})
+                new = change(old)
+                if new.current.revision != old.current.revision:
+                    new = specs.uniform(new)  # the rollout replaces pods that deviate by plain ones
+                spec = spec.replacing(new)
             return spec
 
         spec = self.spec_map.change(changed)
         after = {version: spec.workload(service, version) for version in versions}
         for version, new in after.items():
-            if new.current != before[version].current:
+            if new.current.revision != before[version].current.revision:
                 deployment = patch_env(self.cluster, self.namespace, before[version], new)
                 if event:
                     self.cluster.event(deployment, *event)
@@ -355,6 +380,10 @@ class KubernetesRuntime:
         # To all processes but PID 1, which a container's own processes cannot kill or stop, and this shell.
         run(self.cluster, self.namespace, instance, "app", ["sh", "-c", f"kill -{name} -1"])
 
+    def load(self) -> float | None:
+        """The rate (requests/s) of each instance that makes load, unless the intent has another."""
+        return specs.initial_load(self.spec_map.load())
+
     def set_load(self, rps: float) -> None:
         """Set the rate of every instance that makes load; it outlives a restart of the instance."""
         specs.check_rps(self.app(), rps)
@@ -363,55 +392,48 @@ class KubernetesRuntime:
 
     # -- one instance that deviates ------------------------------------------------------------------------
 
-    def _set_env_of_one(
+    def _change_one(
         self,
-        spec: specs.MeshSpec,
         instance: str,
-        env: Mapping[str, str | None],
+        change: Callable[[specs.WorkloadSpec, str], specs.WorkloadSpec],
         reason: str,
-        expires_at: float | None,
-        fault_id: str | None,
     ) -> WorkloadRevision:
         """Put a pod with another environment in the place of one, without its workload noticing a gap.
 
         The new pod takes traffic as soon as it is ready, since it carries its service's labels. Then it is
         made one of the ReplicaSet's own, with the old pod marked as the cheapest to lose; the ReplicaSet has
         one too many and removes exactly that one, with all the grace that a pod gets.
+
+        Args:
+            change: of the workload, and told what the new pod is called; what the old one carries is then
+                already the new one's.
         """
         from meshdemo.control.model import WorkloadRevision
 
         old = self._pod(instance)
         labels = old["metadata"]["labels"]
         service, version = labels[names.SERVICE], labels[names.VERSION]
-        workload = spec.workload(service, version)
-        deviation = json.loads(old["metadata"].get("annotations", {}).get(OVERRIDE, "{}"))
-        wanted = specs.apply_env(specs.apply_env(workload.current.env, deviation), env)
-        if wanted == workload.current.env:
-            # Nothing is left in which it would differ: its ReplicaSet makes such pods.
-            self.restart(instance, reason=reason)
-            return workload.current
-        name = f"{deployment_of(workload)}-{format(time.time_ns() // 1_000_000, 'x')[-7:]}"
-        revisions: list[int] = []
+        name = f"{service}-{version}-{format(time.time_ns() // 1_000_000, 'x')[-7:]}"
+        before: list[specs.WorkloadSpec] = []
 
         def remember(now: specs.MeshSpec) -> specs.MeshSpec:
-            its = now.workload(service, version)
-            revisions[:] = [its.last_revision + 1]
-            timers = list(now.timers)
-            if expires_at is not None:
-                timers.append(
-                    specs.timer_for(its, env, instance=None, expires_at=expires_at, fault_id=fault_id)
-                    .model_copy(update={"instance": name})
-                )  # fmt: skip
-            its = its.model_copy(update={"last_revision": revisions[0]})
-            return now.replacing(its).model_copy(update={"timers": tuple(timers)})
+            before[:] = [now.workload(service, version)]
+            return now.replacing(change(specs.renamed(before[0], instance, name), name))
 
-        self.spec_map.change(remember)
-        new = _pod_like(old, name, env, revisions[0], reason)
-        self.cluster.create("Pod", new, self.namespace)
+        after = self.spec_map.change(remember).workload(service, version)
+        deviation = after.overrides.get(name)
+        revision, wanted = after.of(name)
+        if deviation is None:
+            # Nothing is left in which it would differ: its ReplicaSet makes such pods.
+            self.restart(instance, reason=reason)
+            return after.current
+        new = _pod_like(old, name, after.current.env, deviation.env, revision, reason)
         try:
+            self.cluster.create("Pod", new, self.namespace)
             self._await_pod(name)
         except BaseException:
             self.cluster.delete("Pod", name, self.namespace)
+            self.spec_map.change(lambda now: now.replacing(before[0]))
             raise
         cheapest = {"metadata": {"annotations": {"controller.kubernetes.io/pod-deletion-cost": "-1000"}}}
         self.cluster.patch("Pod", instance, self.namespace, cheapest)
@@ -420,7 +442,7 @@ class KubernetesRuntime:
         self._await_gone(instance)
         self._await_effect(f"{name} in the place of {instance}", lambda row: row["ready"])
         return WorkloadRevision(
-            service=service, version=version, revision=revisions[0], env=wanted, created_at=time.time(),
+            service=service, version=version, revision=revision, env=wanted, created_at=time.time(),
             reason=reason, instance=name,
         )  # fmt: skip
 
@@ -511,17 +533,34 @@ def autoscalers(cluster: Cluster, namespace: str) -> dict[str, str]:
     return {target["name"]: name for target, name in targets if target.get("kind") == "Deployment"}
 
 
+def _without(ids: Collection[str], reason: str) -> Callable[[specs.WorkloadSpec], specs.WorkloadSpec]:
+    return lambda workload: specs.without_faults(workload, ids, reason=reason, now=time.time())
+
+
 def _pod_like(
-    old: Manifest, name: str, env: Mapping[str, str | None], revision: int, reason: str
+    old: Manifest,
+    name: str,
+    env: Mapping[str, str],
+    deviation: Mapping[str, str | None],
+    revision: int,
+    reason: str,
 ) -> Manifest:
-    """A pod like another one, but for its name, its environment, and the label its ReplicaSet goes by."""
+    """A pod like another one, but for its name, its environment, and the label its ReplicaSet goes by.
+
+    Args:
+        env: what its workload runs with.
+        deviation: in what this pod differs from that (None: has it not).
+    """
     meta, spec = old["metadata"], json.loads(json.dumps(old["spec"]))
     spec.pop("nodeName", None)
     spec.pop("ephemeralContainers", None)
     containers = spec["containers"]
     app = next(container for container in containers if container["name"] == "app")
-    kept = [variable for variable in app.get("env", []) if variable["name"] not in env]
-    app["env"] = kept + [{"name": key, "value": value} for key, value in env.items() if value is not None]
+    # What an earlier deviation has set goes as well.
+    set_before = json.loads(meta.get("annotations", {}).get(OVERRIDE, "{}"))
+    ours = {**dict.fromkeys(set_before), **env, **deviation}
+    kept = [variable for variable in app.get("env", []) if variable["name"] not in ours]
+    app["env"] = kept + [{"name": key, "value": value} for key, value in ours.items() if value is not None]
     return {
         "metadata": {
             "name": name,
@@ -529,7 +568,7 @@ def _pod_like(
             "annotations": {
                 **meta.get("annotations", {}),
                 names.REVISION: str(revision),
-                OVERRIDE: json.dumps(env),
+                OVERRIDE: json.dumps(deviation),
                 PREFIX + "reason": reason,
             },
         },

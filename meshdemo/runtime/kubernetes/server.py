@@ -27,7 +27,8 @@ from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.kube import ApiError, Cluster
 from meshdemo.runtime.kubernetes.entrance import Reporter
 from meshdemo.runtime.kubernetes.specs import SpecMap, parsed, patch_env
-from meshdemo.runtime.local.spec import MeshSpec, Timer, expired
+from meshdemo.runtime.local import spec as specs
+from meshdemo.runtime.local.spec import MeshSpec
 
 log = logging.getLogger(__name__)
 
@@ -115,30 +116,42 @@ class Backend(server.Backend):
             await asyncio.sleep(0.25)
             stored = self._source.spec
             spec = parsed(stored) if stored else None
-            due = [timer for timer in spec.timers if timer.expires_at <= time.time()] if spec else []
-            for timer in due:
+            due = [fault for fault, end in spec.ends().items() if end <= time.time()] if spec else []
+            for fault_id in due:
                 try:
-                    await asyncio.to_thread(self._end, timer)
+                    await asyncio.to_thread(self._end, fault_id)
                 except MeshdemoError as error:
-                    log.warning("cannot end fault %s yet: %s", timer.fault_id, error)
+                    log.warning("cannot end fault %s yet: %s", fault_id, error)
                     await asyncio.sleep(2)
 
-    def _end(self, timer: Timer) -> None:
-        """Bring a workload back to its environment of before, or replace the one pod that differs."""
-        key = f"{timer.service}/{timer.version}"
+    def _end(self, fault_id: str) -> None:
+        """Take a fault out of the workloads that carry it; a pod that differs is replaced by a plain one.
+
+        With such a pod all ends that it alone carried: its ReplicaSet makes the next one.
+        """
+        pods: list[str] = []
         before: list[MeshSpec] = []
 
         def end(spec: MeshSpec) -> MeshSpec:
             before[:] = [spec]
-            return expired(spec, timer, now=time.time()) if timer in spec.timers else spec
+            faults = [fault for workload in spec.workloads.values() for fault in workload.faults]
+            pods[:] = [fault.instance for fault in faults if fault.id == fault_id and fault.instance]
+            ids = {fault_id, *(fault.id for fault in faults if fault.instance in pods)}
+            for workload in spec.workloads.values():
+                new = specs.without_faults(workload, ids, reason=f"end of fault {fault_id}", now=time.time())
+                if new.current.revision != workload.current.revision:
+                    new = specs.uniform(new)  # the rollout replaces pods that deviate by plain ones
+                spec = spec.replacing(new)
+            return spec
 
-        if timer.instance is not None:
-            self._cluster.delete("Pod", timer.instance, self._namespace)
         after = self._specs.change(end)
-        old, new = before[0].workloads.get(key), after.workloads.get(key)
-        if old is not None and new is not None and old.current != new.current:
-            patch_env(self._cluster, self._namespace, old, new)
-        log.info("fault %s on %s is over", timer.fault_id, key)
+        for pod in pods:
+            self._cluster.delete("Pod", pod, self._namespace)
+        for key, new in after.workloads.items():
+            old = before[0].workloads[key]
+            if old.current.revision != new.current.revision:
+                patch_env(self._cluster, self._namespace, old, new)
+        log.info("fault %s is over", fault_id)
 
     # -- events --------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What must run, as the cluster remembers it: the mesh's spec, in a ConfigMap.
 
 It is changed with optimistic concurrency, and is the same value as on the local runtime
-(`meshdemo.runtime.local.spec`): revisions of workloads, how many instances, timers. A rollout of a new
+(`meshdemo.runtime.local.spec`): revisions of workloads, how many instances, faults. A rollout of a new
 environment is a patch of the workload's Deployment; the command line makes it, and so does the control plane
 when a fault that was set for a time is over.
 """
@@ -76,17 +76,6 @@ class SpecMap:
                 return False
             raise
         return True
-
-
-def initial_load(spec: MeshSpec) -> float | None:
-    """The rate (requests/s) that every instance that makes load begins with; None if there is none."""
-    if spec.rps is not None:
-        return spec.rps
-    for one in spec.workloads.values():
-        rate = one.current.env.get("RPS", "")
-        if spec.app.services[one.service].load and rate.replace(".", "", 1).isdigit():
-            return float(rate)
-    return None
 
 
 def parsed(stored: Manifest) -> MeshSpec | None:

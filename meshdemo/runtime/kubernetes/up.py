@@ -29,7 +29,7 @@ from meshdemo.runtime.base import Step, UpOptions
 from meshdemo.runtime.kubernetes import apply, images, manifests, record
 from meshdemo.runtime.kubernetes.kind import Kind
 from meshdemo.runtime.kubernetes.record import Record
-from meshdemo.runtime.kubernetes.specs import deployment_of, initial_load
+from meshdemo.runtime.kubernetes.specs import deployment_of
 from meshdemo.runtime.local import spec as specs
 from meshdemo.runtime.local.ports import free_gateway_port
 from meshdemo.runtime.steps import pause
@@ -456,7 +456,7 @@ class _Up:
                 "the gateway has no port on this machine; to reach it: "
                 f"kubectl port-forward -n {runtime.namespace} service/{GATEWAY} 8081:80"
             )
-        control, rate = runtime.control(), initial_load(self._spec)
+        control, rate = runtime.control(), specs.initial_load(self._spec)
         if rate is not None and (self._options.rps is not None or control.intent().load_rps is None):
             tell("setting the load")
             control.set_load(rate)

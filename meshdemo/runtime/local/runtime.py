@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -292,6 +292,16 @@ class LocalRuntime:
             expires_at=expires_at, fault_id=fault_id,
         )  # fmt: skip
 
+    def faults(self) -> list[str]:
+        """The ids of the faults in workloads' environments."""
+        workloads = self._describe()["spec"]["workloads"].values()
+        return list(dict.fromkeys(fault["id"] for one in workloads for fault in one["faults"]))
+
+    def end_faults(self, ids: Collection[str] | None, *, reason: str) -> list[str]:
+        """Take these faults (None: all) out of the workloads that carry them; those that there were."""
+        ended: list[str] = self._change("end_faults", ids=None if ids is None else list(ids), reason=reason)
+        return ended
+
     def rollback(self, service: str, version: str, revision: int, *, reason: str) -> WorkloadRevision:
         """Roll out again what `revision` ran with, as a new revision."""
         return self._revision("rollback", service=service, version=version, revision=revision, reason=reason)
@@ -326,6 +336,12 @@ class LocalRuntime:
     def unhang(self, instance: str) -> None:
         """Let a stopped process of an instance go on (SIGCONT)."""
         self._supervisor.call("signal", instance=instance, number=signal.SIGCONT)
+
+    def load(self) -> float | None:
+        """The rate (requests/s) of each instance that makes load, unless the intent has another."""
+        from meshdemo.runtime.local import spec as specs
+
+        return specs.initial_load(specs.MeshSpec.model_validate(self._describe()["spec"]))
 
     def set_load(self, rps: float) -> None:
         """Set the rate of every instance that makes load; it outlives a restart of the instance."""

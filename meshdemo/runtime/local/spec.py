@@ -1,13 +1,15 @@
 """What the supervisor must keep running: a value, and the pure functions that change it.
 
-A workload runs at its latest revision; a single instance may deviate from it (an override). A change that
-ends by itself (`fault --for`) leaves a timer, which knows what it has changed, so that only that is changed
-back. The whole is stored as `spec.json` and outlives the supervisor.
+A workload runs at its latest revision; a single instance may deviate from it (an override). What runs is
+always computed anew: the environment of the app file, with the faults that are recorded here laid over it,
+the latest on top. So a fault ends (cleared, its time over, rolled back, undone) by being taken out of the
+record, in whatever order, and nothing is ever restored. The whole is stored as `spec.json` and outlives the
+supervisor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,23 +28,21 @@ class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class AppFault(_Value):
+    """A fault in the environment of a workload, or of one of its instances."""
+
+    id: str
+    instance: str | None = None
+    env: dict[str, str]
+    expires_at: float | None = None
+
+
 class Override(_Value):
     """How one instance deviates from its workload. Its revision number is used nowhere else."""
 
     revision: int
-    env: dict[str, str | None]
-
-
-class Timer(_Value):
-    """A change that ends by itself: which variables had which value before and after it."""
-
-    service: str
-    version: str
-    instance: str | None
-    before: dict[str, str | None]
-    after: dict[str, str | None]
-    expires_at: float
-    fault_id: str | None
+    env: dict[str, str | None] = Field(description="against what its workload runs with")
+    own: dict[str, str | None] = Field(default_factory=dict, description="what of it is no fault's")
 
 
 class WorkloadSpec(_Value):
@@ -53,6 +53,7 @@ class WorkloadSpec(_Value):
     instances: int
     revisions: tuple[WorkloadRevision, ...] = Field(min_length=1)
     overrides: dict[str, Override] = Field(default_factory=dict)
+    faults: tuple[AppFault, ...] = ()
     last_revision: int = 1
 
     @property
@@ -64,6 +65,11 @@ class WorkloadSpec(_Value):
     def current(self) -> WorkloadRevision:
         """What its instances run, but for overrides."""
         return self.revisions[-1]
+
+    @property
+    def base(self) -> dict[str, str]:
+        """What it runs with, without the faults."""
+        return _base(self.current)
 
     def ids(self) -> list[str]:
         """The instances' ids."""
@@ -87,7 +93,6 @@ class MeshSpec(_Value):
     rps: float | None = Field(
         default=None, description="load of each instance that makes load; None: its own"
     )
-    timers: tuple[Timer, ...] = ()
     gateway_port: int | None = Field(default=None, description="as the user named it; None: any")
 
     def workload(self, service: str, version: str) -> WorkloadSpec:
@@ -117,6 +122,15 @@ class MeshSpec(_Value):
                 return workload
             known += ids
         raise BadInput(f"no instance '{instance}'; there are: {', '.join(known)}")
+
+    def ends(self) -> dict[str, float]:
+        """When faults are over that end by themselves, by their ids."""
+        return {
+            fault.id: fault.expires_at
+            for workload in self.workloads.values()
+            for fault in workload.faults
+            if fault.expires_at is not None
+        }
 
     def replacing(self, workload: WorkloadSpec) -> MeshSpec:
         """The same with this workload as given."""
@@ -165,15 +179,15 @@ def wanted(options: UpOptions, before: MeshSpec | None, *, now: float, runs_imag
             new = scaled(old, instances)
             assert before is not None
             if _changed(before.program(service, version), program):
-                new = _revised(new, dict(program.env), reason="changed app file", now=now, always=True)
+                new = _settled(new, base=dict(program.env), reason="changed app file", now=now, always=True)
         workloads[new.key] = new
+    _check_there(app, workloads.values(), options.replicas if before else app.services)
     return MeshSpec(
         mesh=options.name,
         app=app,
         cwd=str(options.extra.get("cwd", before.cwd if before else "/")),
         workloads=workloads,
         rps=options.rps if options.rps is not None else (before.rps if before else None),
-        timers=tuple(timer for timer in (before.timers if before else ()) if _key(timer) in workloads),
         gateway_port=None if runs_images else options.extra.get("gateway_port") or _port(before),
     )
 
@@ -253,6 +267,17 @@ def _check(options: UpOptions, runs_images: bool) -> None:
             )
 
 
+def _check_there(app: App, workloads: Iterable[WorkloadSpec], services: Iterable[str]) -> None:
+    """Raises BadInput if one of these services is called, and has no instance: nothing would ever answer."""
+    called = {callee for service in app.services.values() for callee in service.calls} | {app.front}
+    counts: dict[str, int] = {}
+    for workload in workloads:
+        counts[workload.service] = counts.get(workload.service, 0) + workload.instances
+    for service in services:
+        if service in called and counts.get(service) == 0:
+            raise BadInput(f"0 instances of {service}: it is called, so it needs at least 1")
+
+
 def check_rps(app: App, rps: float) -> None:
     """Raises BadInput if nothing in the app makes load, or the rate makes no sense."""
     if not 0 <= rps <= 100_000:
@@ -269,10 +294,6 @@ def _programs(app: App) -> Sequence[tuple[str, str, Workload]]:
     ]
 
 
-def _key(timer: Timer) -> str:
-    return f"{timer.service}/{timer.version}"
-
-
 # -- changes of a running mesh -----------------------------------------------------------------------------
 
 
@@ -281,88 +302,157 @@ def scaled(workload: WorkloadSpec, instances: int) -> WorkloadSpec:
     if not 0 <= instances <= MAX_INSTANCES:
         raise BadInput(f"{instances} instances of {workload.service}: allowed is 0 to {MAX_INSTANCES}")
     smaller = workload.model_copy(update={"instances": instances})
-    kept = {key: value for key, value in workload.overrides.items() if key in smaller.ids()}
-    return smaller.model_copy(update={"overrides": kept})
+    gone = set(workload.ids()) - set(smaller.ids())
+    overrides = {key: value for key, value in workload.overrides.items() if key not in gone}
+    faults = tuple(fault for fault in workload.faults if fault.instance not in gone)
+    return smaller.model_copy(update={"overrides": overrides, "faults": faults})
 
 
 def with_env(
     workload: WorkloadSpec, change: EnvChange, *, instance: str | None, reason: str, now: float
 ) -> WorkloadSpec:
-    """The workload with variables set or unset, for all its instances or for one."""
+    """The workload with variables set or unset, for all its instances or for one; faults stay on top."""
     if instance is None:
-        return _revised(workload, apply_env(workload.current.env, change), reason=reason, now=now)
-    override = workload.overrides.get(instance)
-    env = {**(override.env if override else {}), **change}
-    # What deviates in nothing is no override, and the instance is back at its workload's revision.
-    env = {name: value for name, value in env.items() if workload.current.env.get(name) != value}
-    overrides = {key: value for key, value in workload.overrides.items() if key != instance}
-    number = workload.last_revision
-    if env and not (override and override.env == env):
-        number += 1
-        overrides[instance] = Override(revision=number, env=env)
-    elif env and override:
-        overrides[instance] = override
-    return workload.model_copy(update={"overrides": overrides, "last_revision": number})
+        return _settled(workload, base=apply_env(workload.base, change), reason=reason, now=now)
+    others = _folded(workload.base, workload.faults, instance)
+    mine = {**_own(workload).get(instance, {}), **change}
+    own = {**_own(workload), instance: {key: one for key, one in mine.items() if others.get(key) != one}}
+    return _settled(workload, own=own, reason=reason, now=now)
+
+
+def with_fault(workload: WorkloadSpec, fault: AppFault, *, reason: str, now: float) -> WorkloadSpec:
+    """The workload with one more fault, on top of those that it carries."""
+    return _settled(workload, faults=(*workload.faults, fault), reason=reason, now=now)
+
+
+def without_faults(
+    workload: WorkloadSpec, ids: Collection[str] | None, *, reason: str, now: float
+) -> WorkloadSpec:
+    """The workload without these faults (None: without any); those that are left stay as they are."""
+    left = tuple(fault for fault in workload.faults if ids is not None and fault.id not in ids)
+    return _settled(workload, faults=left, reason=reason, now=now)
+
+
+def uniform(workload: WorkloadSpec) -> WorkloadSpec:
+    """The workload with no instance that deviates, and no fault of a single one."""
+    faults = tuple(fault for fault in workload.faults if fault.instance is None)
+    return workload.model_copy(update={"faults": faults, "overrides": {}})
+
+
+def renamed(workload: WorkloadSpec, instance: str, name: str) -> WorkloadSpec:
+    """The workload with what one instance carries given to another, which takes its place."""
+    faults = tuple(
+        fault.model_copy(update={"instance": name}) if fault.instance == instance else fault
+        for fault in workload.faults
+    )
+    overrides = {name if key == instance else key: override for key, override in workload.overrides.items()}
+    return workload.model_copy(update={"faults": faults, "overrides": overrides})
+
+
+def ending(spec: MeshSpec, fault_id: str, expires_at: float) -> MeshSpec:
+    """The spec with another end of a fault that ends by itself."""
+    ends = {"expires_at": expires_at}
+    workloads = {
+        key: workload.model_copy(
+            update={
+                "faults": tuple(
+                    fault.model_copy(update=ends) if fault.id == fault_id else fault
+                    for fault in workload.faults
+                )
+            }
+        )
+        for key, workload in spec.workloads.items()
+    }
+    return spec.model_copy(update={"workloads": workloads})
 
 
 def rolled_back(workload: WorkloadSpec, revision: int, *, reason: str, now: float) -> WorkloadSpec:
     """The workload with what `revision` ran with, for all its instances: overrides end.
 
+    So do the faults that began after it; one that was in force then and has ended since does not come back.
     Raises BadInput if there is no such revision.
     """
     for one in workload.revisions:
         if one.revision == revision:
-            plain = workload.model_copy(update={"overrides": {}})
-            return _revised(plain, dict(one.env), reason=reason, now=now)
+            kept = tuple(
+                fault for fault in workload.faults if fault.instance is None and fault.id in one.faults
+            )
+            return _settled(workload, base=_base(one), faults=kept, own={}, reason=reason, now=now)
     known = ", ".join(str(one.revision) for one in workload.revisions)
     raise BadInput(f"{workload.service} {workload.version} has no revision {revision}; there are: {known}")
 
 
-def timer_for(
+def _base(revision: WorkloadRevision) -> dict[str, str]:
+    return dict(revision.env if revision.base is None else revision.base)
+
+
+def _own(workload: WorkloadSpec) -> dict[str, dict[str, str | None]]:
+    return {instance: override.own for instance, override in workload.overrides.items()}
+
+
+def _folded(base: Mapping[str, str], faults: Iterable[AppFault], instance: str | None) -> dict[str, str]:
+    """An environment with the faults over it that a workload carries, or one of its instances."""
+    env = dict(base)
+    for fault in faults:
+        if fault.instance in {None, instance}:
+            env.update(fault.env)
+    return env
+
+
+def _settled(
     workload: WorkloadSpec,
-    change: EnvChange,
     *,
-    instance: str | None,
-    expires_at: float,
-    fault_id: str | None,
-) -> Timer:
-    """The timer of a change that is about to be made to `workload`."""
-    env = workload.of(instance)[1] if instance else workload.current.env
-    return Timer(
-        service=workload.service, version=workload.version, instance=instance,
-        before={name: env.get(name) for name in change}, after=dict(change),
-        expires_at=expires_at, fault_id=fault_id,
-    )  # fmt: skip
-
-
-def expired(spec: MeshSpec, timer: Timer, *, now: float) -> MeshSpec:
-    """The spec after a timer has run out: what the timer's change made is undone where it still stands.
-
-    A variable that was given another value since (a later fault, a rollback) is left alone.
-    """
-    spec = spec.model_copy(update={"timers": tuple(one for one in spec.timers if one != timer)})
-    workload = spec.workloads.get(_key(timer))
-    if workload is None or (timer.instance is not None and timer.instance not in workload.ids()):
-        return spec
-    env = workload.of(timer.instance)[1] if timer.instance else workload.current.env
-    undo = {name: timer.before[name] for name, value in timer.after.items() if env.get(name) == value}
-    reason = f"end of fault {timer.fault_id}" if timer.fault_id else "end of a temporary change"
-    return spec.replacing(with_env(workload, undo, instance=timer.instance, reason=reason, now=now))
-
-
-def _revised(
-    workload: WorkloadSpec, env: dict[str, str], *, reason: str, now: float, always: bool = False
+    base: Mapping[str, str] | None = None,
+    faults: tuple[AppFault, ...] | None = None,
+    own: Mapping[str, Mapping[str, str | None]] | None = None,
+    reason: str,
+    now: float,
+    always: bool = False,
 ) -> WorkloadSpec:
-    """The workload at a new revision with this environment; as it is if that is what it runs.
+    """The workload with another base, other faults, other deviations (None: as it is), computed anew.
 
-    `always`: a new revision in any case, for something else about it has changed.
+    It gets a new revision where its environment differs, and so does each instance that deviates. `always`: a
+    new revision in any case, for something else about it has changed.
     """
-    if env == workload.current.env and not always:
-        return workload
-    number = workload.last_revision + 1
-    revision = WorkloadRevision(
-        service=workload.service, version=workload.version, revision=number, env=env, created_at=now,
-        reason=reason,
-    )  # fmt: skip
-    kept = (*workload.revisions, revision)[-_KEPT_REVISIONS:]
-    return workload.model_copy(update={"revisions": kept, "last_revision": number})
+    base = workload.base if base is None else dict(base)
+    faults = workload.faults if faults is None else faults
+    own = _own(workload) if own is None else own
+    env, number, revisions = _folded(base, faults, None), workload.last_revision, workload.revisions
+    carried = tuple(fault.id for fault in faults if fault.instance is None)
+    about = {"faults": carried, "base": base if carried else None}
+    if env != workload.current.env or always:
+        number += 1
+        revision = WorkloadRevision(
+            service=workload.service, version=workload.version, revision=number, env=env, created_at=now,
+            reason=reason,
+        ).model_copy(update=about)  # fmt: skip
+        revisions = (*revisions, revision)[-_KEPT_REVISIONS:]
+    else:
+        revisions = (*revisions[:-1], revisions[-1].model_copy(update=about))
+    overrides = {}
+    for instance in sorted({*own, *(fault.instance for fault in faults if fault.instance is not None)}):
+        its_own = dict(own.get(instance, {}))
+        its = apply_env(_folded(base, faults, instance), its_own)
+        deviation = {key: its.get(key) for key in sorted(its | env) if its.get(key) != env.get(key)}
+        if not deviation:
+            continue  # what deviates in nothing is no override, and runs its workload's revision
+        before = workload.overrides.get(instance)
+        if before is not None and workload.of(instance)[1] == its:
+            overrides[instance] = Override(revision=before.revision, env=deviation, own=its_own)
+        else:
+            number += 1
+            overrides[instance] = Override(revision=number, env=deviation, own=its_own)
+    return workload.model_copy(
+        update={"revisions": revisions, "overrides": overrides, "faults": faults, "last_revision": number}
+    )
+
+
+def initial_load(spec: MeshSpec) -> float | None:
+    """The rate (requests/s) that every instance that makes load begins with; None if there is none."""
+    if spec.rps is not None:
+        return spec.rps
+    for one in spec.workloads.values():
+        rate = one.current.env.get("RPS", "")
+        if spec.app.services[one.service].load and rate.replace(".", "", 1).isdigit():
+            return float(rate)
+    return None

@@ -492,6 +492,10 @@ class Supervisor:
                 and unit.run is not None
                 and unit.run.revision != after.of(unit.id)[0]
             ]
+            if not stale:
+                self._store(self.spec.replacing(after))
+                self.changes.notify()
+                return after
             fresh = await _all_or_none(
                 [unit.start_beside(program, *after.of(unit.id), timeout_s=timeout_s) for unit in stale]
             )
@@ -512,7 +516,7 @@ class Supervisor:
                 raise
             for unit, run in zip(stale, old, strict=True):
                 self._spawn(unit.retire(run))
-            if after.revisions != before.revisions:
+            if after.current.revision != before.current.revision:
                 self._journal(
                     "rolled_out", service=after.service, version=after.version,
                     revision=after.current.revision, reason=after.current.reason,
@@ -540,36 +544,28 @@ class Supervisor:
         self.spec = spec
 
     async def _run_timers(self) -> None:
-        """End what ends by itself."""
+        """End faults when their time is over."""
         while True:
-            timers = self.spec.timers
-            next_one = min(timers, key=lambda timer: timer.expires_at, default=None)
-            left = None if next_one is None else next_one.expires_at - time.time()
-            if next_one is not None and left is not None and left <= 0:
+            ends = self.spec.ends()
+            fault_id = min(ends, key=ends.__getitem__, default=None)
+            left = None if fault_id is None else ends[fault_id] - time.time()
+            if fault_id is not None and left is not None and left <= 0:
                 try:
-                    await self._expire(next_one)
+                    await self._expire(fault_id)
                 except MeshdemoError as error:
-                    log.error("cannot end %s: %s", next_one.fault_id or "a temporary change", error)
+                    log.error("cannot end fault %s: %s", fault_id, error)
                     await asyncio.sleep(1)
                 continue
-            await self.changes.until(partial(self._timers_other_than, timers), left)
+            await self.changes.until(partial(self._other_ends_than, ends), left)
 
-    def _timers_other_than(self, timers: tuple[specs.Timer, ...]) -> bool:
-        return self.spec.timers != timers
+    def _other_ends_than(self, ends: Mapping[str, float]) -> bool:
+        return self.spec.ends() != ends
 
-    async def _expire(self, timer: specs.Timer) -> None:
-        key = f"{timer.service}/{timer.version}"
-        after = specs.expired(self.spec, timer, now=time.time())
-        if key in after.workloads:
-            await self._roll(
-                key, lambda _: specs.expired(self.spec, timer, now=time.time()).workloads[key], 30
-            )
-        self._store(self.spec.model_copy(update={"timers": tuple(t for t in self.spec.timers if t != timer)}))
-        if timer.fault_id is not None and not any(t.fault_id == timer.fault_id for t in self.spec.timers):
-            fault_id = timer.fault_id
-            # The control plane ends the record of a fault by itself too; whoever is first has done it.
-            with suppress(MeshdemoError, OSError):
-                await asyncio.to_thread(lambda: self._client().clear_fault(fault_id))
+    async def _expire(self, fault_id: str) -> None:
+        await self.op_end_faults([fault_id], f"end of fault {fault_id}", 30)
+        # The control plane ends the record of a fault by itself too; whoever is first has done it.
+        with suppress(MeshdemoError, OSError):
+            await asyncio.to_thread(lambda: self._client().clear_fault(fault_id))
 
     # -- what may be asked ---------------------------------------------------------------------------------
 
@@ -651,7 +647,7 @@ class Supervisor:
         fault_id: str | None,
         timeout_s: float,
     ) -> dict[str, Any]:
-        """Roll out variables; the revision that carries them."""
+        """Roll out variables, as a fault or for good; the revision that carries them."""
         if instance is not None:
             owner = self.spec.owner(instance)
             if owner.service != service or version not in {None, owner.version}:
@@ -661,21 +657,21 @@ class Supervisor:
         workloads = [self.spec.workload(service, one) for one in versions]
         if not workloads:
             raise BadInput(f"{service} runs no version")
+        if fault_id is None:
+
+            def change(workload: WorkloadSpec) -> WorkloadSpec:
+                return specs.with_env(workload, env, instance=instance, reason=reason, now=time.time())
+
+        else:
+            variables = {name: value for name, value in env.items() if value is not None}
+            fault = specs.AppFault(id=fault_id, instance=instance, env=variables, expires_at=expires_at)
+
+            def change(workload: WorkloadSpec) -> WorkloadSpec:
+                return specs.with_fault(workload, fault, reason=reason, now=time.time())
+
         revision: WorkloadRevision | None = None
         for workload in workloads:
-            timer = (
-                specs.timer_for(workload, env, instance=instance, expires_at=expires_at, fault_id=fault_id)
-                if expires_at is not None
-                else None
-            )
-            after = await self._roll(
-                workload.key,
-                lambda w: specs.with_env(w, env, instance=instance, reason=reason, now=time.time()),
-                timeout_s,
-            )
-            if timer is not None:
-                self._store(self.spec.model_copy(update={"timers": (*self.spec.timers, timer)}))
-                self.changes.notify()
+            after = await self._roll(workload.key, change, timeout_s)
             if instance is None:
                 revision = after.current
             else:
@@ -685,6 +681,18 @@ class Supervisor:
                 )
         assert revision is not None
         return revision.model_dump(mode="json")
+
+    async def op_end_faults(self, ids: list[str] | None, reason: str, timeout_s: float) -> list[str]:
+        """Take faults (None: all) out of the workloads that carry them; which ones there were."""
+        ended: list[str] = []
+        for key, workload in self.spec.workloads.items():
+            mine = [fault.id for fault in workload.faults if ids is None or fault.id in ids]
+            if mine:
+                await self._roll(
+                    key, lambda w: specs.without_faults(w, ids, reason=reason, now=time.time()), timeout_s
+                )
+                ended += mine
+        return list(dict.fromkeys(ended))
 
     async def op_rollback(
         self, service: str, version: str, revision: int, reason: str, timeout_s: float

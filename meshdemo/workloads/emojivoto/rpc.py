@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,9 @@ from urllib.parse import urlsplit
 
 import grpc
 
+from meshdemo.workloads.breakable import Breakage
 from meshdemo.workloads.emojivoto import emojivoto_pb2
+from meshdemo.workloads.settings import BadSetting, Environment
 
 pb: Any = emojivoto_pb2  # its messages are made when it is imported, so no type checker knows them
 
@@ -32,14 +35,24 @@ def _messages(service: str, method: str) -> tuple[Any, Any]:
 
 
 def serve(service: str, methods: Mapping[str, Callable[[Any, grpc.ServicerContext], Any]]) -> None:
-    """Serve one gRPC service on HOST:PORT until SIGTERM, then finish what is in flight (10 s at most)."""
+    """Serve one gRPC service on HOST:PORT until SIGTERM, then finish what is in flight (10 s at most).
+
+    LAT_MS and ERR_RATE make every method slow and faulty (`breakable`).
+    """
+    try:
+        breakage = Breakage.of(Environment(os.environ))
+    except BadSetting as error:
+        sys.exit(str(error))
     handlers = {}
     for name, function in methods.items():
         request, reply = _messages(service, name)
         handlers[name] = grpc.unary_unary_rpc_method_handler(
-            function, request_deserializer=request.FromString, response_serializer=reply.SerializeToString
+            _broken(function, breakage),
+            request_deserializer=request.FromString,
+            response_serializer=reply.SerializeToString,
         )
-    server = grpc.server(ThreadPoolExecutor(max_workers=16))
+    # A slow method holds a thread for as long as it sleeps; nobody else should wait for one.
+    server = grpc.server(ThreadPoolExecutor(max_workers=500 if breakage.latency_s else 16))
     full_name = SERVICES[service].full_name
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(full_name, handlers),))
     address = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '5000')}"
@@ -53,6 +66,17 @@ def serve(service: str, methods: Mapping[str, Callable[[Any, grpc.ServicerContex
     server.start()
     stop.wait()
     server.stop(grace=10).wait()
+
+
+def _broken(
+    function: Callable[[Any, grpc.ServicerContext], Any], breakage: Breakage
+) -> Callable[[Any, grpc.ServicerContext], Any]:
+    def handle(request: Any, context: grpc.ServicerContext) -> Any:
+        if breakage.strike(time.sleep):
+            context.abort(grpc.StatusCode.INTERNAL, "injected")
+        return function(request, context)
+
+    return handle
 
 
 def channel(target: str) -> grpc.Channel:

@@ -1,6 +1,7 @@
 """web: the page with the emoji to vote for and the leaderboard, and the API behind it.
 
-EMOJI and VOTING name the services it asks over gRPC (`emoji:5000`, `voting:5000`).
+EMOJI and VOTING name the services it asks over gRPC (`emoji:5000`, `voting:5000`). LAT_MS and ERR_RATE make
+its API slow and faulty (`breakable`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gevent
 import grpc
 import grpc.experimental.gevent
 from flask import Flask, Response, abort, jsonify, request
 
+from meshdemo.workloads.breakable import Breakage
 from meshdemo.workloads.emojivoto import rpc
 from meshdemo.workloads.emojivoto.rpc import pb
 from meshdemo.workloads.server import flask_app, run
@@ -40,6 +43,13 @@ def build(env: Environment, identity: Identity) -> tuple[Flask, Callable[[], Non
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
     app = flask_app(identity)
+    breakage = Breakage.of(env)
+
+    @app.before_request
+    def broken() -> tuple[dict[str, str], int] | None:
+        if request.path.startswith("/api/") and breakage.strike(gevent.sleep):
+            return {"error": "injected"}, 500
+        return None
 
     @app.errorhandler(grpc.RpcError)
     def failed(error: grpc.RpcError) -> tuple[dict[str, str], int]:
