@@ -217,8 +217,9 @@ class FakeRuntime:
     def unhang(self, instance: str) -> None:
         self._control.calls.append(("unhang", instance))
 
-    def set_env(self, service: str, version: str, env: Any, **_: Any) -> None:
-        self._control.calls.append(("set_env", (version, env)))
+    def end_faults(self, ids: list[str], *, reason: str) -> list[str]:
+        self._control.calls.append(("end_faults", ids))
+        return ids
 
     def instances(self) -> list[Instance]:
         return [
@@ -277,7 +278,7 @@ def test_clear_fault_ends_faults_wherever_they_are() -> None:
     result, calls = carry_out(chosen, faults=faults)
     assert result.ok, result.detail
     assert calls == [
-        ("clear_fault", "f1"), ("set_env", ("v1", {"LAT_MS": None})), ("clear_fault", "f2"),
+        ("clear_fault", "f1"), ("end_faults", ["f2"]), ("clear_fault", "f2"),
         ("unhang", "b-1"), ("clear_fault", "f3"),
     ]  # fmt: skip
     only_a_crash = situation(*TWO)
