@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -134,6 +135,30 @@ def test_what_is_sick_stays_when_there_is_no_room_for_all() -> None:
     assert "svc-37" in shown
     assert "svc-37-v1-0" in shown
     assert "more" in shown
+
+
+def test_what_breakers_refused_and_who_is_ejected_stands_below_the_service() -> None:
+    one = service("service-b")
+    out = replace(one.instances[0], state="ejected")
+    sick = replace(
+        one,
+        numbers=replace(one.numbers, refused=12, outliers=2, overdue=3),
+        instances=(out, one.instances[1]),
+    )
+    for width, height in ((80, 24), (200, 50)):
+        shown = text(view((sick,)), width, height)
+        assert "! 3 overdue, 12 refused, 1 ejected, 2 ejected by Envoy" in shown
+    assert "!" not in text(view((one,)), 80, 24)
+
+
+def test_the_dashboard_and_stat_write_the_same_figures() -> None:
+    one = numbers(rps=123.4, success=0.9753, p50=2.0)
+    row = signal(
+        rps=one.rps, success_rate=one.success_rate, p50_ms=one.p50_ms, p95_ms=one.p95_ms, p99_ms=one.p99_ms
+    )
+    table = printed(tables.signals([row], "service")).splitlines()[1].split()[1:]
+    screen = text(view((replace(service("service-b"), numbers=one),)), 100, 30)
+    assert " ".join(table) in " ".join(screen.split())
 
 
 def test_colour_is_never_the_only_carrier() -> None:

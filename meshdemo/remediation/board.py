@@ -124,7 +124,7 @@ class Board:
         services = sorted({one.service for one in seen.values()})
         incidents = [*sorted(core.open.values(), key=lambda one: -one.opened_at), *reversed(core.past)]
         doing, why = self._doing()
-        refused = self._refused()
+        refused, outliers = self._refused(), self._outliers()
         return WatchView(
             mesh=self._mesh,
             runtime=self._runtime,
@@ -135,7 +135,7 @@ class Board:
             connected=connected,
             doing=doing,
             why=why,
-            services=tuple(self._service(name, now, refused) for name in services),
+            services=tuple(self._service(name, now, refused, outliers) for name in services),
             incidents=tuple(_incident(incident) for incident in incidents),
             log=tuple(self._log),
             actions_used=core.guard.used(now),
@@ -175,7 +175,20 @@ class Board:
                         refused[cell.peer] += cell.refused
         return refused
 
-    def _service(self, name: str, now: float, refused: Counter[str]) -> ServiceView:
+    def _outliers(self) -> Counter[str]:
+        """By service: instances that Envoy's outlier detection keeps out; the most that one caller does."""
+        most: dict[tuple[str, str], int] = {}
+        for recent in self._recent.values():
+            for cell in recent[-1].cells if recent else ():
+                if cell.ejected:
+                    key = (cell.peer, cell.version)
+                    most[key] = max(most.get(key, 0), cell.ejected)
+        outliers: Counter[str] = Counter()
+        for (service, _), count in most.items():
+            outliers[service] += count
+        return outliers
+
+    def _service(self, name: str, now: float, refused: Counter[str], outliers: Counter[str]) -> ServiceView:
         core = self._core
         incident = core.open.get(name)
         rules = core.situation.intent.traffic.get(name)
@@ -186,7 +199,7 @@ class Board:
         return ServiceView(
             name=name,
             health=_health(incident) if incident else health,
-            numbers=replace(self.service_numbers(name), refused=refused[name]),
+            numbers=replace(self.service_numbers(name), refused=refused[name], outliers=outliers[name]),
             trend=self._trend(name, now),
             instances=tuple(self._instance(one, incident, now) for one in core.situation.of_service(name)),
             objectives=objectives,

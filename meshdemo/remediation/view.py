@@ -31,6 +31,7 @@ class Numbers:
     p99_ms: float | None
     overdue: int = 0  # in flight for longer than one export, still unanswered
     refused: int = 0  # refused by a circuit breaker
+    outliers: int = 0  # instances that callers' outlier detection keeps out just now
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Protocol, Self
 from rich.cells import cell_len
 from rich.text import Text
 
+from meshdemo.ui import columns
 from meshdemo.ui import format as fmt
+from meshdemo.ui.columns import Figures
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -311,13 +313,6 @@ def _heading(text: str) -> Text:
 
 # -- services and instances --------------------------------------------------------------------------------
 
-# heading, figure, whether it stays on a narrow screen
-_LATENCIES: tuple[tuple[str, Callable[[Numbers], float | None], bool], ...] = (
-    ("P50", lambda numbers: numbers.p50_ms, False),
-    ("P95", lambda numbers: numbers.p95_ms, False),
-    ("P99", lambda numbers: numbers.p99_ms, True),
-)
-_RATE_WIDTH, _SUCCESS_WIDTH, _LATENCY_WIDTH = 5, 7, 6
 _STATE_WIDTH = 8
 _SPARKS: tuple[tuple[str, Callable[[Trend], Sequence[float | None]], float | None], ...] = (
     ("BAD", lambda trend: trend.bad_share, None),
@@ -332,9 +327,9 @@ _LEAST_TOP = 0.1  # of the bad share, so that a single bad request is no tower
 def _services(view: WatchView, width: int) -> _Section:
     ids = [len(one.id) + 2 for service in view.services for one in service.instances]
     longest = max([len(_title(service)) for service in view.services] + ids, default=10)
-    latencies = [one for one in _LATENCIES if one[2] or width >= _NARROW]
-    figures = _RATE_WIDTH + 1 + _SUCCESS_WIDTH + 1 + len(latencies) * (_LATENCY_WIDTH + 1)
-    rest = width - 2 - _STATE_WIDTH - 1 - figures
+    every = (*columns.RATES, *columns.LATENCIES)
+    shown = [column for column in every if column.always or width >= _NARROW]
+    rest = width - 2 - _STATE_WIDTH - 1 - sum(column.width + 1 for column in shown)
     name_width = max(8, min(longest, rest - _LEAST_SPARK - 2))
     rest -= name_width + 1
     count = max(1, min(len(_SPARKS), (rest + 1) // (_LEAST_SPARK + 4)))
@@ -345,24 +340,20 @@ def _services(view: WatchView, width: int) -> _Section:
         _Cell("", 1),
         _Cell("SERVICE", name_width),
         _Cell("STATE", _STATE_WIDTH),
-        _Cell("RPS", _RATE_WIDTH, right=True),
-        _Cell("SUCCESS", _SUCCESS_WIDTH, right=True),
-        *(_Cell(name, _LATENCY_WIDTH, right=True) for name, _, _ in latencies),
+        *(_Cell(column.heading, column.width, right=True) for column in shown),
         *(_Cell(f"{name}, {spark} s", spark) for name, _, _ in sparks),
     )
     heading.stylize("bold underline")
 
     def row(name: str, state: str, numbers: Numbers, trend: Trend, bold: bool) -> Text:
         symbol, word, style = STATES[state]
-        success = fmt.percent(numbers.success_rate)
-        low = numbers.success_rate is not None and numbers.success_rate < 0.99
+        figures = Figures.of_numbers(numbers)
+        cells = [(column.cell(figures), column.width) for column in shown]
         return _cells(
             _Cell(symbol, 1, style),
             _Cell(name, name_width, "bold" if bold else ""),
             _Cell(word, _STATE_WIDTH, style),
-            _Cell(fmt.rate(numbers.rps), _RATE_WIDTH, right=True),
-            _Cell(success, _SUCCESS_WIDTH, "red" if low else "", right=True),
-            *(_Cell(fmt.latency(of(numbers)), _LATENCY_WIDTH, right=True) for _, of, _ in latencies),
+            *(_Cell(cell.plain, room, str(cell.style), right=True) for cell, room in cells),
             *(_spark(name, of(trend), spark) for name, of, _ in sparks),
         )
 
@@ -372,6 +363,9 @@ def _services(view: WatchView, width: int) -> _Section:
         weight = 3 if urgent else 1
         title, numbers, trend = _title(service), service.numbers, service.trend
         rows.append(_Row(partial(row, title, service.health, numbers, trend, True), weight))
+        ejected = sum(one.state == "ejected" for one in service.instances)
+        if note := columns.note(Figures.of_numbers(numbers), ejected):
+            rows.append(_Row(partial(Text.assemble, "    ", note), weight))
         for one in service.instances:
             weight = 2 if one.state != "serving" else 0
             rows.append(_Row(partial(row, f"  {one.id}", one.state, one.numbers, one.trend, False), weight))

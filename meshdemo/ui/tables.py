@@ -1,4 +1,6 @@
-"""Tables and lines that commands print and the live dashboard reuses. Data in, rich renderables out.
+"""Tables and lines that commands print. Data in, rich renderables out.
+
+Rows of signals are made of the same columns as those of watch's dashboard (columns.py).
 
 Every state is a symbol and a word; colour only repeats it. Tables have no frame, so that they read well and
 can be cut with awk.
@@ -12,16 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from meshdemo.ui import columns
 from meshdemo.ui import format as fmt
 
 if TYPE_CHECKING:
     from meshdemo.control.client import AccessRow, EdgeRow, SignalRow, TapEvent
     from meshdemo.control.model import Fault, Traffic
-
-# Below this share of successes a figure is coloured red, below the other yellow. It is a hint for the eye;
-# what is healthy is for the policy to say.
-_BAD_SHARE = 0.95
-_POOR_SHARE = 0.99
 
 
 def plain(*headings: str) -> Table:
@@ -34,14 +32,6 @@ def plain(*headings: str) -> Table:
     return table
 
 
-def share(value: float | None) -> Text:
-    """A success share, coloured where it is low."""
-    style = ""
-    if value is not None and value < _POOR_SHARE:
-        style = "red" if value < _BAD_SHARE else "yellow"
-    return Text(fmt.percent(value), style)
-
-
 def signals(rows: Sequence[SignalRow], by: str) -> Table:
     """`stat`: one row for each scope. Columns that would be the same for all rows are left out."""
     keys = ["service"] if by == "service" else ["service", by]
@@ -52,21 +42,19 @@ def signals(rows: Sequence[SignalRow], by: str) -> Table:
     notes = [_note(row) for row in rows]
     table = plain(
         *(key.upper() for key in keys),
-        ">RPS",
-        ">SUCCESS",
+        *(f">{column.heading}" for column in columns.RATES),
         *([">EFFECTIVE"] if effective else []),
-        ">P50",
-        ">P95",
-        ">P99",
+        *(f">{column.heading}" for column in columns.LATENCIES),
         *([">CONN", ">IN", ">OUT"] if tcp else []),
         *(["STATE"] if any(notes) else []),
     )
     for row, note in zip(rows, notes, strict=True):
         labels: Mapping[str, Any] = row
         cells: list[str | Text] = [str(labels.get(key) or fmt.NOTHING) for key in keys]
-        cells += [fmt.rate(row["rps"]), share(row["success_rate"])]
-        cells += [share(row["effective_success_rate"])] if effective else []
-        cells += [fmt.latency(row["p50_ms"]), fmt.latency(row["p95_ms"]), fmt.latency(row["p99_ms"])]
+        figures = columns.Figures.of_row(row)
+        cells += [column.cell(figures) for column in columns.RATES]
+        cells += [columns.share(row["effective_success_rate"])] if effective else []
+        cells += [column.cell(figures) for column in columns.LATENCIES]
         if tcp:
             cells.append(str(row.get("connections") or fmt.NOTHING))
             cells += [fmt.size(row.get("received_bytes")), fmt.size(row.get("sent_bytes"))]
@@ -79,11 +67,10 @@ def _note(row: SignalRow) -> Text:
         return Text("? silent", "yellow")
     if row["ejected"]:
         return Text("⏏ ejected", "magenta")
-    parts = [f"{row[key]} {key}" for key in ("overdue", "refused", "denied") if row[key]]
-    note = Text(f"! {', '.join(parts)}" if parts else "", "yellow")
+    note = columns.note(columns.Figures.of_row(row))
     if row["mirrored"]:
         failed = f" ({row['mirrored_failures']} failed)" if row["mirrored_failures"] else ""
-        note.append(f"{'  ' if parts else ''}+ {row['mirrored']} mirrored{failed}", "cyan")
+        note.append(f"{'  ' if note else ''}+ {row['mirrored']} mirrored{failed}", "cyan")
     return note
 
 
@@ -94,7 +81,7 @@ def edges(rows: Sequence[EdgeRow]) -> Table:
         secured = Text("✓ mTLS", "green") if row["secured"] else Text("✗ no", "red")
         table.add_row(
             row["caller"] or "(unknown)", row["service"], secured, fmt.rate(row["rps"]),
-            share(row["success_rate"]), fmt.latency(row["p50_ms"]), fmt.latency(row["p99_ms"]),
+            columns.share(row["success_rate"]), fmt.latency(row["p50_ms"]), fmt.latency(row["p99_ms"]),
             str(row["denied"] or fmt.NOTHING),
             f"{row['identity'] or fmt.NOTHING} → {row['service_identity'] or fmt.NOTHING}",
         )  # fmt: skip

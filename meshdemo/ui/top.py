@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from meshdemo.ui import columns, tables
 from meshdemo.ui import format as fmt
-from meshdemo.ui import tables
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,7 +81,7 @@ class Top:
         for row in rows[:most]:
             table.add_row(
                 row["caller"] or "(unknown)", row["service"], row["method"], row["route"], row["path"],
-                str(row["requests"]), tables.share(row["success_rate"]), fmt.latency(row["best_ms"]),
+                str(row["requests"]), columns.share(row["success_rate"]), fmt.latency(row["best_ms"]),
                 fmt.latency(row["worst_ms"]), fmt.latency(row["last_ms"]),
             )  # fmt: skip
         return table
