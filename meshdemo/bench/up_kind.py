@@ -1,9 +1,9 @@
 """How long `up` takes on kind, next to kind alone, and next to the same steps by hand.
 
-By hand means: each image is built, the cluster is made, the images are loaded, one after another; then
-everything is applied and waited for, and a request is sent. `up` does at the same time what does not need
-each other. What is compared has its images built already (warm); how long `up` takes where they are not, from
-a base image of which the engine has no layers, is a figure of its own (cold).
+By hand means: each image is built, the cluster is made and waited for, the images are loaded, one after
+another; then everything is applied and waited for, and a request is sent. `up` does at the same time what
+does not need each other. What is compared has its images built already (warm); how long `up` takes where they
+are not, from a base image of which the engine has no layers, is a figure of its own (cold).
 """
 
 from __future__ import annotations
@@ -108,13 +108,14 @@ def _by_hand(options: UpOptions) -> Mapping[str, float]:
 
 
 def _alone(options: UpOptions) -> Mapping[str, float]:
-    _create(options, "--wait", f"{_MOST_S:g}s")
+    _create(options)
     return {}
 
 
-def _create(options: UpOptions, *words: str) -> None:
-    """Make a kind cluster as somebody does who has read kind's first page."""
-    command = [machine.tool("kind") or "kind", "create", "cluster", "--name", options.name, *words]
+def _create(options: UpOptions) -> None:
+    """Make a kind cluster, and wait until it is ready."""
+    command = [machine.tool("kind") or "kind", "create", "cluster", "--name", options.name]
+    command += ["--wait", f"{_MOST_S:g}s"]
     with tempfile.TemporaryDirectory(prefix="meshdemo-") as folder:
         command += ["--kubeconfig", f"{folder}/kubeconfig"]
         if image := options.extra["kind_image"]:
