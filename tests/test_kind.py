@@ -605,6 +605,7 @@ def test_a_dead_cluster(other: Mesh, tmp_path: Path) -> None:
     said = other.run(*UP, status=None, KUBECONFIG=str(dead))
     assert "does not answer" in said
     assert time.monotonic() - began < 30
+    assert not (other.home / other.name).exists()  # nothing was made, and nothing is remembered
 
 
 def test_no_right_to_make_a_namespace(mesh: Mesh, other: Mesh, tmp_path: Path) -> None:

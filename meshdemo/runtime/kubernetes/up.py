@@ -22,7 +22,7 @@ from meshdemo import names
 from meshdemo.apps.model import GATEWAY
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
-from meshdemo.errors import BadInput, Failed, Missing
+from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.resources import DEFAULT_POLICY
 from meshdemo.runtime.base import Step, UpOptions
@@ -249,8 +249,15 @@ class _Up:
     def _reach(self, tell: Callable[[str], None]) -> None:
         if self._runtime.kind == "kind":
             self._reach_kind(tell)
-        self._runtime.cluster.deadline = self._deadline
-        version = self._runtime.cluster.version()
+        try:
+            self._runtime.cluster.deadline = self._deadline
+            version = self._runtime.cluster.version()
+        except MeshdemoError:
+            if self._before is None and self._runtime.kind != "kind":
+                record.forget(
+                    self._options.name
+                )  # nothing was made, and another --context may be the right one
+            raise
         if version < OLDEST:
             raise Missing(
                 f"the cluster runs Kubernetes {version[0]}.{version[1]}",
@@ -502,12 +509,18 @@ def _free_port() -> int:
 def remove(found: Record) -> list[str]:
     """Remove what `up` made; what was removed, in words."""
     removed: list[str] = []
-    if found.kind == "kind" and found.made_cluster and found.cluster:
-        kind = Kind()
-        if found.cluster in kind.clusters():
-            kind.delete(found.cluster, record.kubeconfig(found.mesh))
-            removed.append(f"kind cluster {found.cluster}")
+    kind = Kind() if found.kind == "kind" else None
+    if kind is not None and found.cluster not in kind.clusters():
+        pass  # somebody has removed it, and the mesh with it
+    elif kind is not None and found.made_cluster and found.cluster:
+        kind.delete(found.cluster, record.kubeconfig(found.mesh))
+        removed.append(f"kind cluster {found.cluster}")
     else:
+        try:
+            found.connect(patience_s=0).version()  # one that is gone is told at once
+        except MeshdemoError as error:
+            folder = record.kubeconfig(found.mesh).parent
+            raise Failed(error.message, f"{error.remedy}; if it is gone for good, remove {folder}") from error
         removed += _remove_objects(found.connect(), found)
     record.forget(found.mesh)
     return removed
