@@ -22,13 +22,13 @@ from meshdemo.apps import loader
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
 from meshdemo.control.model import Intent, MeshState
-from meshdemo.errors import BadInput, Failed, Missing
+from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.kube import ApiError, Cluster
 from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION
 from meshdemo.names import MESH as MESH_LABEL
 from meshdemo.runtime.base import UpOptions
-from meshdemo.runtime.kubernetes import apply, lease
-from meshdemo.runtime.kubernetes.runtime import autoscalers
+from meshdemo.runtime.kubernetes import apply, lease, record
+from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime, autoscalers
 from meshdemo.runtime.kubernetes.specs import SpecMap
 from meshdemo.runtime.local.spec import wanted
 
@@ -952,3 +952,25 @@ def test_tokens_and_roots_are_packed_as_secrets_hold_them() -> None:
 
     assert gzip.decompress(base64.b64decode(k8s.pack(b"root"))) == b"root"
     assert k8s.pack(b"root") == k8s.pack(b"root")  # no time in it: equal content is no change
+
+
+# -- which mesh it is -------------------------------------------------------------------------------------
+
+
+def test_a_mesh_is_told_from_one_of_the_same_name(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MESHDEMO_HOME", str(tmp_path))
+    monkeypatch.setattr(record.Record, "connect", lambda self, **_: server.cluster(0))
+    runtime = KubernetesRuntime("n", "kubernetes")
+    assert runtime.identity() is None, "nothing is remembered of it"
+    record.save(record.Record(kind="kubernetes", mesh="n"))
+    path = f"get /api/v1/namespaces/n/secrets/{k8s.API}"
+    server.answer(path, {"metadata": {"uid": "first"}}, times=1)
+    server.answer(path, {"metadata": {"uid": "second"}}, times=1)
+    server.answer(path, Refusal(503, "ServiceUnavailable", "a moment"), times=1)
+    server.answer(path, Refusal(404, "NotFound", "gone"))
+    assert (runtime.identity(), runtime.identity()) == ("first", "second")
+    with pytest.raises(MeshdemoError):
+        runtime.identity()  # that it is gone has to be seen
+    assert runtime.identity() is None

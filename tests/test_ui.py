@@ -329,6 +329,7 @@ def test_stat_without_requests() -> None:
 def test_edges_and_access_say_it_in_words() -> None:
     edge: Any = {
         "caller": "service-a", "service": "service-b", "secured": True, "identity": "spiffe://m/service-a",
+        "service_identity": "spiffe://m/service-b",
         "rps": 50.0, "success_rate": 1.0, "p50_ms": 1.0, "p99_ms": 2.0, "requests": 500, "denied": 0,
     }  # fmt: skip
     unknown: Any = {**edge, "caller": "", "secured": False}
