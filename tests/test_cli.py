@@ -398,3 +398,39 @@ def test_a_stdout_that_takes_nothing(mesh: Mesh, redirect: str, words: str) -> N
     assert words in done.stderr
     assert "internal error" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# -- what would be applied ----------------------------------------------------------------------------------
+
+
+def rendered(tmp_path: Path, *args: str) -> Any:
+    done = meshdemo("render", *args, "-o", "json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_manifests_of_one_service(tmp_path: Path) -> None:
+    every = rendered(tmp_path, "kubernetes", "--app", "emojivoto")
+    mine = rendered(tmp_path, "kubernetes", "--app", "emojivoto", "--service", "voting")
+    assert {one["kind"] for one in mine} >= {"Deployment", "Service"}
+    assert {one["metadata"]["labels"]["meshdemo.dev/service"] for one in mine} == {"voting"}
+    assert all(one in every for one in mine)
+
+
+def test_rules_of_one_service(tmp_path: Path) -> None:
+    rules = rendered(tmp_path, "prometheus", "--app", "emojivoto", "--service", "voting")
+    (text,) = [json.dumps(value) for name, value in rules.items() if name != "prometheus.yml"]
+    assert 'service=~\\"voting\\"' in text or 'service=\\"voting\\"' in text
+
+
+def test_a_dashboard_that_shows_one_service(tmp_path: Path) -> None:
+    files = rendered(tmp_path, "grafana", "--service", "service-b")
+    (chosen,) = files["dashboards/service.json"]["templating"]["list"]
+    assert chosen["current"]["value"] == "service-b"
+
+
+@pytest.mark.parametrize("what", ["kubernetes", "envoy", "prometheus", "grafana"])
+def test_a_service_that_there_is_not(tmp_path: Path, what: str) -> None:
+    done = meshdemo("render", what, "--app", "pair", "--service", "nobody", home=tmp_path)
+    assert done.returncode == 2
+    assert "no service 'nobody'; there are: service-a, service-b" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -46,21 +47,28 @@ def envoy(ctx: typer.Context, app: _App = None, service: _Service = None) -> Non
 
 
 @app.command()
-def kubernetes(ctx: typer.Context, app: _App = None) -> None:
-    """The manifests that `up` applies to a cluster, as YAML."""
+def kubernetes(ctx: typer.Context, app: _App = None, service: _Service = None) -> None:
+    """The manifests that `up` applies to a cluster, as YAML; those of one service with --service."""
+    import yaml
+
     from meshdemo.cli.up import observed
+    from meshdemo.names import SERVICE
     from meshdemo.runtime.kubernetes import manifests
 
     context = _context.of(ctx)
-    definition = _load(app or "pair")
-    documents = manifests.render(definition, {"name": context.name, **observed(definition)})
+    definition = _definition(context, app, service)
+    text = manifests.render(definition, {"name": context.name, **observed(definition)})
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    documents = [(part, yaml.load(part, Loader=loader)) for part in re.split(r"(?m)^---\n", text)]  # noqa: S506
+    chosen = [
+        (part, one)
+        for part, one in documents
+        if one and (service is None or one["metadata"].get("labels", {}).get(SERVICE) == service)
+    ]
     if context.as_json:
-        import yaml
-
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        context.emit([one for one in yaml.load_all(documents, Loader=loader) if one])
+        context.emit([one for _, one in chosen])
     else:
-        context.say(documents.rstrip())
+        context.say("".join(f"---\n{part}" for part, _ in chosen).rstrip())
 
 
 _Policy = Annotated[
@@ -76,6 +84,7 @@ _Out = Annotated[
 def prometheus(
     ctx: typer.Context,
     app: _App = None,
+    service: _Service = None,
     policy: _Policy = None,
     out: _Out = None,
     scrape: Annotated[
@@ -83,59 +92,74 @@ def prometheus(
         typer.Option("--scrape", metavar="DURATION", help="How often yours scrapes; bounds the windows."),
     ] = "5s",
 ) -> None:
-    """Prometheus' configuration, and the recording and alert rules of a policy's objectives."""
-    from meshdemo.errors import MeshdemoError
+    """Prometheus' configuration, and the recording and alert rules of a policy's objectives.
+
+    The configuration is that of the runtime on which the mesh runs; --service is about the rules.
+    """
     from meshdemo.remediation import policy as policies
     from meshdemo.remediation import rules
     from meshdemo.resources import DEFAULT_POLICY
+    from meshdemo.runtime.local.prometheus import RULES
+
+    context = _context.of(ctx)
+    definition = _definition(context, app, service)
+    objectives = policies.load(policy or DEFAULT_POLICY).of_app(definition.name)
+    if service is not None:
+        objectives = objectives.of_service(service)
+    _give(
+        context,
+        {
+            "prometheus.yml": _prometheus_config(context).rstrip() + "\n",
+            RULES: rules.render(objectives, _values.duration_s(scrape, "--scrape")) + "\n",
+        },
+        out,
+    )
+
+
+def _prometheus_config(context: _context.Context) -> str:
+    from meshdemo.errors import MeshdemoError
     from meshdemo.runtime.local import prometheus as local
     from meshdemo.runtime.local.paths import MeshPaths
 
-    context = _context.of(ctx)
-    paths = MeshPaths.of(context.name)
     control_plane = "127.0.0.1:8080"  # an example, while nothing runs
-    name = "pair"  # as well
     with suppress(MeshdemoError):
+        if context.runtime.kind != "local":
+            from meshdemo.runtime.kubernetes.manifests import prometheus_config
+
+            return prometheus_config(context.name, context.name)
         control_plane = urlsplit(context.client.base_url).netloc
-        name = context.runtime.app().name
-    if app is not None:
-        name = _load(app).name
-    config = local.config(
+    paths = MeshPaths.of(context.name)
+    return local.config(
         mesh=context.name,
         targets=paths.prometheus,
         control_plane=control_plane,
         credentials=paths.control / "api-token",
-    )
-    objectives = policies.load(policy or DEFAULT_POLICY).of_app(name)
-    _give(
-        context,
-        {
-            "prometheus.yml": config + "\n",
-            local.RULES: rules.render(objectives, _values.duration_s(scrape, "--scrape")) + "\n",
-        },
-        out,
     )
 
 
 @app.command()
 def grafana(
     ctx: typer.Context,
+    app: _App = None,
+    service: _Service = None,
     url: Annotated[
         str | None,
         typer.Option("--prometheus", metavar="URL", help="As Grafana reaches it (default: the mesh's)."),
     ] = None,
     out: _Out = None,
 ) -> None:
-    """Grafana's provisioning: the data source and two dashboards."""
+    """Grafana's provisioning: the data source and two dashboards; --service: which one is shown first."""
     from meshdemo.errors import MeshdemoError
     from meshdemo.ui import grafana as dashboards
 
     context = _context.of(ctx)
+    if service is not None:
+        _definition(context, app, service)
     if url is None:
         with suppress(MeshdemoError):
             url = context.runtime.endpoints()["prometheus"]
     folder = (out.resolve() / "dashboards") if out else Path("/etc/grafana/provisioning/dashboards")
-    _give(context, dashboards.files(url or "http://127.0.0.1:9090/", str(folder)), out)
+    _give(context, dashboards.files(url or "http://127.0.0.1:9090/", str(folder), service), out)
 
 
 def _give(context: _context.Context, files: Mapping[str, str], out: Path | None) -> None:
@@ -160,6 +184,20 @@ def _give(context: _context.Context, files: Mapping[str, str], out: Path | None)
         context.emit(parsed)
     else:
         context.say("".join(f"---\n# {name}\n{text}" for name, text in files.items()).rstrip())
+
+
+def _definition(context: _context.Context, app: str | None, service: str | None) -> Any:
+    """The app that is named, else what runs, else the pair. Raises BadInput if it has no such service."""
+    from meshdemo.errors import BadInput, MeshdemoError
+
+    definition = None
+    if app is None:
+        with suppress(MeshdemoError):
+            definition = context.runtime.app()
+    definition = definition or _load(app or "pair")
+    if service is not None and service not in definition.services:
+        raise BadInput(f"no service '{service}'; there are: {', '.join(definition.services)}")
+    return definition
 
 
 def _load(name: str) -> Any:

@@ -365,6 +365,13 @@ class Policy(_Strict):
             }
         )
 
+    def of_service(self, service: str) -> Policy:
+        """What of the policy of an app (`of_app`) is about this service: its objectives."""
+        here = {"services": [service], "except_": []}
+        return self.model_copy(
+            update={"objectives": [one.model_copy(update=here) for one in self.objectives_of(service)]}
+        )
+
     def objectives_of(self, service: str) -> list[Objective]:
         """The objectives that apply to a service, in the order of the file."""
         return [objective for objective in self.objectives if objective.applies_to(service)]

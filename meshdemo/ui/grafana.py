@@ -229,8 +229,8 @@ SERVICE: tuple[Panel, ...] = (
 )
 
 
-def dashboards() -> dict[str, dict[str, Any]]:
-    """The dashboards by name, as Grafana's JSON model."""
+def dashboards(shown: str | None = None) -> dict[str, dict[str, Any]]:
+    """The dashboards by name, as Grafana's JSON model; `shown`: the service that is chosen at first."""
     service = {
         "name": "service",
         "label": "Service",
@@ -241,7 +241,7 @@ def dashboards() -> dict[str, dict[str, Any]]:
         "sort": 1,
         "includeAll": True,
         "allValue": ".*",
-        "current": {"text": "All", "value": "$__all"},
+        "current": {"text": shown or "All", "value": shown or "$__all"},
     }
     return {
         "mesh": _dashboard("mesh", "Mesh", MESH, []),
@@ -249,12 +249,13 @@ def dashboards() -> dict[str, dict[str, Any]]:
     }
 
 
-def files(url: str, folder: str) -> dict[str, str]:
+def files(url: str, folder: str, service: str | None = None) -> dict[str, str]:
     """All files of a Grafana provisioning folder, by path.
 
     Args:
         url: of Prometheus, as Grafana reaches it.
         folder: where `dashboards/` will lie, as Grafana sees it.
+        service: what the dashboard of services shows at first; None: all.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -272,7 +273,7 @@ def files(url: str, folder: str) -> dict[str, str]:
         "dashboards/meshdemo.yml": provider.render(folder=folder) + "\n",
         **{
             f"dashboards/{name}.json": json.dumps(model, indent=2) + "\n"
-            for name, model in dashboards().items()
+            for name, model in dashboards(service).items()
         },
     }
 

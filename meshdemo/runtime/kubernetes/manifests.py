@@ -147,9 +147,14 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
     return found
 
 
-def _observability(spec: MeshSpec, site: Site) -> dict[str, str]:
+def prometheus_config(mesh: str, namespace: str) -> str:
+    """What Prometheus in the cluster is configured with."""
     template = environment().get_template("kubernetes/prometheus.yml.j2")
-    config = template.render(mesh=spec.mesh, namespace=site.namespace, ports=PORTS)
+    return template.render(mesh=mesh, namespace=namespace, ports=PORTS)
+
+
+def _observability(spec: MeshSpec, site: Site) -> dict[str, str]:
+    config = prometheus_config(spec.mesh, site.namespace)
     return {
         "prometheus": _render(
             "prometheus",
