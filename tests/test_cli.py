@@ -43,13 +43,13 @@ def meshdemo(
 
 ROW = {
     "service": "service-b", "rps": 50.0, "success_rate": 0.5, "effective_success_rate": 0.9, "p50_ms": 1.0,
-    "p95_ms": 2.0, "p99_ms": 3.0, "requests": 500, "failures": 250, "overdue": 0, "denied": 0, "refused": 0, "mirrored": 0, "mirrored_failures": 0,
+    "p95_ms": 2.0, "p99_ms": 3.0, "requests": 500, "failures": 250, "overdue": 0, "denied": 0, "refused": 0, "outlier_ejected": 0, "mirrored": 0, "mirrored_failures": 0,
     "silent": False, "ejected": False, "window_s": 10.0,
 }  # fmt: skip
 TAPPED = {
     "time": 1e9, "caller": "service-a", "service": "service-b", "version": "v1", "instance": "service-b-v1-1",
     "route": "work", "method": "GET", "path": "/work?x=1", "status": 200, "grpc_status": None, "flags": "",
-    "latency_ms": 1.5, "secured": True, "mirrored": False,
+    "latency_ms": 1.5, "secured": True, "mirrored": False, "at": "service",
 }  # fmt: skip
 EFFECT = {"revision": 7, "effective_ms": 3.21, "sidecars": 3}
 ANSWERS: dict[str, Any] = {
@@ -61,6 +61,9 @@ ANSWERS: dict[str, Any] = {
     "GET /v1/access": [{"caller": "service-a", "service": "service-b", "allowed": True, "explicit": False}],
     "PUT /v1/access": {"effect": EFFECT},
     "GET /v1/traffic": {"service-b": {"split": {"v1": 90, "v2": 10}, "since": 1e9}},
+    "GET /v1/traffic/effective": {
+        "service-b": {"split": {"value": {"v1": 90, "v2": 10}, "origin": "set", "since": 1e9}},
+    },
     "PUT /v1/traffic/service-b": {"traffic": {"split": {"v1": 90, "v2": 10}}, "effect": EFFECT},
     "GET /v1/faults": [
         {"id": "f-1", "at": "mesh", "service": "service-b", "lat_ms": 200.0, "started_at": 1e9}
@@ -319,7 +322,7 @@ def test_edges_access_traffic_and_faults(mesh: Mesh) -> None:
         "caller": "service-a", "service": "service-b", "allowed": False, **EFFECT, "unconfirmed": [],
     }  # fmt: skip
     assert mesh.asked[-1][1] == {"caller": "service-a", "service": "service-b", "allowed": False}
-    assert "split v1 90%, v2 10%" in mesh("traffic", "show").stdout
+    assert "v1 90%, v2 10%" in mesh("traffic", "show").stdout
     made = mesh.json(
         "traffic", "set", "service-b", "--split", "v1=90,v2=10", "--timeout", "1.5s", "--outlier", "off",
         "--retries", "0",

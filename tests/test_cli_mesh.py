@@ -276,7 +276,17 @@ def test_traffic_and_load(mesh: Cli) -> None:
     assert made["sidecars"] >= 1
     shown = mesh.json("traffic", "show", "service-b")["service-b"]
     assert (shown["timeout_ms"], shown["retries"], shown["outlier"]) == (2000, 1, False)
-    assert "timeout 2000 ms" in mesh.run("traffic", "show")
+    fields = shown["fields"]
+    assert (fields["timeout_ms"]["origin"], fields["max_pending"]["origin"]) == ("set", "default")
+    assert fields["timeout_ms"]["since"] > 0
+    assert "2000 ms" in mesh.run("traffic", "show")
+    mesh.run("traffic", "reset", "service-b", "timeout")
+    shown = mesh.json("traffic", "show", "service-b")["service-b"]
+    assert (shown["timeout_ms"], shown["retries"]) == (15000, 1)
+    mesh.run("traffic", "reset", "service-b")
+    shown = mesh.json("traffic", "show", "service-b")["service-b"]
+    assert {rule["origin"] for rule in shown["fields"].values()} == {"default"}
+    assert "no traffic rule 'x'" in mesh.run("traffic", "reset", "service-b", "x", status=2)
     said = mesh.run("traffic", "set", "service-b", "--split", "v2=100", status=2)
     assert "v2" in said
     assert mesh.json("load", "--rps", "80") == {"rps": 80}

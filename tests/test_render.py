@@ -31,6 +31,7 @@ from meshdemo.control.render import (
     inbound_routes,
     open_paths,
 )
+from meshdemo.control.rules import DEFAULTS
 from meshdemo.resources import TEMPLATES
 
 
@@ -334,6 +335,15 @@ def test_limits_and_defaults_stand_in_the_clusters() -> None:
     default = resource(snapshot["service-a-1"], xds.CLUSTERS, "voting/v1", Cluster())
     assert default.circuit_breakers.thresholds[0].max_connections.value == 4096
     assert default.outlier_detection.consecutive_5xx.value == 20
+    # ... as `traffic show` says.
+    limits = default.circuit_breakers.thresholds[0]
+    assert DEFAULTS["max_connections"] == limits.max_connections.value
+    assert DEFAULTS["max_pending"] == limits.max_pending_requests.value
+    assert DEFAULTS["max_requests"] == limits.max_requests.value
+    table = resource(snapshot["service-a-1"], xds.ROUTES, "outbound", RouteConfiguration())
+    host = next(host for host in table.virtual_hosts if host.name == "service-b")
+    assert DEFAULTS["retries"] == host.retry_policy.num_retries.value
+    assert DEFAULTS["timeout_ms"] == host.routes[0].route.timeout.seconds * 1000
 
 
 def test_the_outbound_table_has_a_host_for_each_service_by_all_its_names() -> None:

@@ -292,7 +292,7 @@ def signal(**changes: object) -> Any:
     return {
         "service": "service-b", "rps": 50.0, "success_rate": 0.9, "effective_success_rate": None,
         "p50_ms": 1.2, "p95_ms": 3.4, "p99_ms": 5.6, "requests": 500, "failures": 50, "overdue": 0,
-        "denied": 0, "refused": 0, "mirrored": 0, "mirrored_failures": 0, "silent": False, "ejected": False,
+        "denied": 0, "refused": 0, "outlier_ejected": 0, "mirrored": 0, "mirrored_failures": 0, "silent": False, "ejected": False,
         "window_s": 10.0, **changes,
     }  # fmt: skip
 
@@ -370,4 +370,10 @@ def test_traffic_words() -> None:
         "split v1 90%, v2 10%; mirror v2 10%; timeout 500 ms; retries 2; outlier detection off"
     )
     assert tables.traffic_words(Traffic()) == "defaults"
-    assert "service-b" in printed(tables.traffic({"service-b": rule}))
+    rules: Any = {
+        "split": {"value": {"v1": 90, "v2": 10}, "origin": "set", "since": 1e9},
+        "timeout_ms": {"value": 15000, "origin": "default", "since": None},
+    }
+    shown = printed(tables.traffic({"service-b": rules}))
+    assert "v1 90%, v2 10%" in shown
+    assert "15000 ms" in shown

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from meshdemo.cli import _context, _values
+from meshdemo.control.client import TAP_PER_S, TAP_STATUS
 from meshdemo.errors import BadInput
-
-_STATUS = re.compile(r"[0-5]xx|[0-9]{1,3}")
 
 
 def command(
@@ -23,8 +22,14 @@ def command(
         str | None, typer.Option("--route", metavar="P", help="Only this route, or paths with this prefix.")
     ] = None,
     status: Annotated[
-        str | None, typer.Option("--status", metavar="5xx", help="Only this status, or class of status.")
+        str | None,
+        typer.Option(
+            "--status", metavar="5xx", help="Only this status, or class of status (5xx: gRPC errors too)."
+        ),
     ] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only failures: 5xx, gRPC errors, resets and timeouts.")
+    ] = False,
     caller: Annotated[
         str | None, typer.Option("--caller", metavar="S", help="Only requests of this caller.")
     ] = None,
@@ -40,9 +45,11 @@ def command(
 ) -> None:
     """Single requests, live, as the called instance's sidecar sees them; until Ctrl-C or --max."""
     if rate is not None:
-        _values.number(rate, "--rate", 0.1, 10_000, "a second")
-    if status is not None and not _STATUS.fullmatch(status):
-        raise BadInput(f"--status {status!r}: give a status such as 503, or a class such as 5xx")
+        _values.number(rate, "--rate", *TAP_PER_S, "a second")
+    if status is not None and not re.fullmatch(TAP_STATUS, status):
+        raise BadInput(
+            f"--status {status!r}: give a status such as 503, a class such as 5xx, or 0 for no answer"
+        )
     context = _context.of(ctx)
     context.check_service(service)
     context.check_service(caller, "caller")
@@ -50,7 +57,13 @@ def command(
     if instance is not None and instance not in ids:
         raise BadInput(f"no instance '{instance}'; there are: {', '.join(ids)}")
     requests = context.client.tap(
-        service=service, caller=caller, route=route, status=status, instance=instance, max_per_s=rate
+        service=service,
+        caller=caller,
+        route=route,
+        status=status,
+        instance=instance,
+        failed=failed,
+        max_per_s=rate,
     )
     if context.as_json:
         for request in islice(requests, max_):

@@ -87,17 +87,52 @@ def show(
         str | None, typer.Argument(help="Only this service (default: all).", show_default=False)
     ] = None,
 ) -> None:
-    """The traffic rules in force; a service without any has the defaults of the sidecars."""
+    """The traffic rules in force: what was set and since when, and the defaults of the sidecars."""
     context = _context.of(ctx)
-    rules = context.client.traffic()
+    rules = context.client.effective_traffic()
     if service is not None:
         context.check_service(service)
         rules = {name: rule for name, rule in rules.items() if name == service}
     if context.as_json:
-        context.emit({name: rule.model_dump(mode="json") for name, rule in rules.items()})
-    elif rules:
+        context.emit(
+            {
+                name: {**{field: rule["value"] for field, rule in fields.items()}, "fields": fields}
+                for name, fields in rules.items()
+            }
+        )
+    else:
         from meshdemo.ui import tables
 
         context.console.print(tables.traffic(rules))
+
+
+_FIELDS = {
+    "split": "split", "timeout": "timeout_ms", "retries": "retries", "max-connections": "max_connections",
+    "max-pending": "max_pending", "max-requests": "max_requests", "mirror": "mirror", "outlier": "outlier",
+}  # fmt: skip
+
+
+@app.command()
+def reset(
+    ctx: typer.Context,
+    service: Annotated[str, typer.Argument(help="The service that is called.")],
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="[RULE]...", help=f"{', '.join(_FIELDS)} (default: all).")
+    ] = None,
+) -> None:
+    """Back to the defaults of the sidecars, with all rules of SERVICE or with some."""
+    for field in fields or ():
+        if field not in _FIELDS:
+            raise BadInput(f"no traffic rule '{field}'; there are: {', '.join(_FIELDS)}")
+    context = _context.of(ctx)
+    traffic, effect = context.client.set_traffic(
+        service, {_FIELDS[field]: None for field in fields or _FIELDS}
+    )
+    if context.as_json:
+        context.emit(
+            {"service": service, "traffic": traffic.model_dump(mode="json"), **_context.effect(effect)}
+        )
     else:
-        context.say("no traffic rules: the defaults of the sidecars apply")
+        from meshdemo.ui import tables
+
+        context.say(f"{service}: {tables.traffic_words(traffic)}; {_context.effect_words(effect)}")

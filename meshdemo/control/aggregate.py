@@ -69,6 +69,7 @@ class _Sum:
     connections: int = 0
     received: int = 0
     sent: int = 0
+    outlier_ejected: int = 0
     overdue: int = 0
     effective_requests: int = 0
     effective_failures: int = 0
@@ -163,12 +164,45 @@ def signals(
         key = _key_of_instance(by, sample.service, sample.version, sample.instance)
         if key is not None:
             sums[key].overdue += sample.overdue
+    _spread_outliers(by, outliers(last.values()), sums)
     covered = _covered_by_service(within) if by in ("route", "caller") else {}
     return [
         _signal(key, added, within, added.covered or covered.get(key[0], ()))
         for key, added in sorted(sums.items(), key=lambda item: tuple(part or "" for part in item[0]))
         if service is None or key[0] == service
     ]
+
+
+def outliers(last: Iterable[Sample]) -> dict[tuple[str, str], int]:
+    """By service and version: the instances that outlier detection keeps out, by the caller that ejects most.
+
+    Args:
+        last: the newest sample of each caller.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for sample in last:
+        for cell in sample.cells:
+            if cell.ejected:
+                key = (cell.peer, cell.version)
+                found[key] = max(found.get(key, 0), cell.ejected)
+    return found
+
+
+def _spread_outliers(by: By, found: Mapping[tuple[str, str], int], sums: Mapping[Key, _Sum]) -> None:
+    """Say it of each scope. Callers report how many they keep out, not whom: it is those that failed most."""
+    for (service, version), n in found.items():
+        if by == "instance":
+            failing = [
+                added for key, added in sums.items() if key[:2] == (service, version) and added.failures
+            ]
+            failing.sort(key=lambda added: added.failures / max(1, added.requests), reverse=True)
+            for added in failing[:n]:
+                added.outlier_ejected = 1
+        elif by in ("service", "version"):
+            wanted = (service, version if by == "version" else None)
+            for key, added in sums.items():
+                if key[:2] == wanted:
+                    added.outlier_ejected += n
 
 
 def edges(samples: Iterable[Sample], *, now: float, window_s: float) -> list[EdgeRow]:
@@ -228,6 +262,7 @@ def row(signal: Signal) -> SignalRow:
         "overdue": signal.overdue,
         "denied": signal.denied,
         "refused": signal.refused,
+        "outlier_ejected": signal.outlier_ejected,
         "mirrored": signal.mirrored,
         "mirrored_failures": signal.mirrored_failures,
         "connections": signal.connections,
@@ -319,6 +354,7 @@ def _signal(key: Key, added: _Sum, within: Window, covered: Sequence[tuple[float
         overdue=added.overdue,
         denied=added.denied,
         refused=added.refused,
+        outlier_ejected=added.outlier_ejected,
         mirrored=added.mirrored,
         mirrored_failures=added.mirrored_failures,
         connections=added.connections,

@@ -28,14 +28,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from werkzeug.exceptions import HTTPException
 
 from meshdemo.apps.model import GATEWAY
-from meshdemo.control import aggregate, metrics
+from meshdemo.control import aggregate, metrics, rules
 from meshdemo.control import intent as intents
-from meshdemo.control.client import InstanceRow, StatusRow
+from meshdemo.control.client import TAP_PER_S, InstanceRow, StatusRow
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Fault, Intent, MeshState, Traffic
 from meshdemo.control.plane import Change, ControlPlane
 from meshdemo.control.signals import Signal, sample_to_json
-from meshdemo.control.tap import MAX_PER_S, Filter, Session, Tap
+from meshdemo.control.tap import Filter, Session, Tap
 from meshdemo.control.telemetry import KEPT_S, Store
 from meshdemo.errors import BadInput, Failed, MeshdemoError
 
@@ -534,8 +534,14 @@ def clear_fault(fault_id: str) -> Response:
 
 @api.get("/v1/traffic")
 def traffic() -> Response:
-    rules = control().intent.traffic
-    return jsonify({service: rule.model_dump(mode="json") for service, rule in rules.items()})
+    traffic = control().intent.traffic
+    return jsonify({service: rule.model_dump(mode="json") for service, rule in traffic.items()})
+
+
+@api.get("/v1/traffic/effective")
+def effective_traffic() -> Response:
+    mesh = control()
+    return jsonify(rules.in_force(mesh.mesh, mesh.intent))
 
 
 @api.put("/v1/traffic/<service>")
@@ -552,9 +558,9 @@ def set_traffic(service: str) -> Response:
         )
     else:
         raise BadInput("a lease is about the split alone", 'such as {"split": {...}, "lease": {...}}')
-    rules = mesh.intent.traffic.get(service, Traffic())
+    traffic = mesh.intent.traffic.get(service, Traffic())
     mesh.record({"event": "traffic", "service": service, "changes": changes})
-    return jsonify({"traffic": rules.model_dump(mode="json"), **_effect(effect)})
+    return jsonify({"traffic": traffic.model_dump(mode="json"), **_effect(effect)})
 
 
 @api.post("/v1/traffic/<service>/lease")
@@ -562,8 +568,8 @@ def renew_lease(service: str) -> Response:
     """Go on holding the split; `held` says whether it still is."""
     mesh, asked = control(), _body(_LeaseBody)
     held = mesh.run(mesh.plane.renew_lease(service, asked.owner))
-    rules = mesh.intent.traffic.get(service, Traffic())
-    return jsonify({"held": held, "split": rules.split})
+    traffic = mesh.intent.traffic.get(service, Traffic())
+    return jsonify({"held": held, "split": traffic.split})
 
 
 @api.put("/v1/traces")
@@ -651,8 +657,9 @@ def tap() -> Response:
     """JSON lines as requests happen; an empty line is a heartbeat, by which a caller that left is noticed."""
     mesh = control()
     fields = ("service", "caller", "route", "status", "instance")
-    wanted = Filter(**{name: request.args.get(name) or None for name in fields})
-    session = mesh.run(mesh.tap.open(wanted, _number("max_per_s", MAX_PER_S, 0.01, MAX_PER_S)))
+    asked = {name: request.args.get(name) or None for name in fields}
+    wanted = Filter(**asked, failed=request.args.get("failed") == "1")
+    session = mesh.run(mesh.tap.open(wanted, _number("max_per_s", TAP_PER_S[1], *TAP_PER_S)))
     response = Response(_tapped(session), content_type="application/jsonl")
     # Not at the end of the iterator: one that was never begun is never ended.
     response.call_on_close(lambda: mesh.run(mesh.tap.close(session)))

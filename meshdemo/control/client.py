@@ -77,6 +77,7 @@ class SignalRow(TypedDict):
     connections: int  # opened, of a TCP service; and the bytes from and to its callers
     received_bytes: int
     sent_bytes: int
+    outlier_ejected: int  # instances that Envoy's outlier detection keeps out just now, at the callers
     mirrored: int  # copies of requests, which are in none of the other figures
     mirrored_failures: int
     silent: bool
@@ -101,6 +102,14 @@ class EdgeRow(TypedDict):
     connections: int
 
 
+class RuleRow(TypedDict):
+    """One traffic rule of a service, as it is in force."""
+
+    value: Any
+    origin: str  # set | default
+    since: float | None  # when it was last changed; None: never
+
+
 class LeaseRow(TypedDict):
     """Is the split of a service still held by whoever asked, and what is it."""
 
@@ -118,7 +127,8 @@ class AccessRow(TypedDict):
 
 
 class TapEvent(TypedDict):
-    """One request, as the sidecar of the called instance saw it."""
+    """One request, as the sidecar of the called instance saw it; or, `at` caller, one that its caller's
+    sidecar answered itself (a breaker, a timeout, nobody to connect to): its `instance` is then unknown."""
 
     time: float
     caller: str
@@ -134,6 +144,7 @@ class TapEvent(TypedDict):
     latency_ms: float
     secured: bool
     mirrored: bool  # only the copy of a request
+    at: str  # service | caller
     skipped: NotRequired[int]  # matching requests left out before this one: too many a second
 
 
@@ -173,6 +184,11 @@ class EventBatch(NamedTuple):
     seq: int
     events: list[dict[str, Any]]
 
+
+TAP_PER_S = (0.1, 1000.0)
+"""The least and the most events a second of one tap."""
+TAP_STATUS = r"0|[1-5](xx|[0-9][0-9])"
+"""What a tap may ask for as a status (a regular expression)."""
 
 _RETRY_PAUSE_S = 0.05
 
@@ -310,6 +326,11 @@ class ControlClient:
             Traffic.model_validate(answer["traffic"]), Effect.model_validate(answer["effect"])
         )
 
+    def effective_traffic(self) -> dict[str, dict[str, RuleRow]]:
+        """By service and field: what is in force, set or by default."""
+        rows: dict[str, dict[str, RuleRow]] = self._call("GET", "/v1/traffic/effective")
+        return rows
+
     def lease_split(self, service: str, split: Mapping[str, int], lease: Mapping[str, Any]) -> TrafficResult:
         """Set the split of a service that one holds, or begins to (`control.intent.lease_split`).
 
@@ -404,18 +425,20 @@ class ControlClient:
         route: str | None = None,
         status: str | None = None,
         instance: str | None = None,
+        failed: bool = False,
         max_per_s: float | None = None,
     ) -> Iterator[TapEvent]:
         """Single requests as they happen, until the caller closes the iterator.
 
         Args:
             route: a route's name, or a path prefix (`/...`).
-            status: `503`, or a class such as `5xx`.
+            status: `503`, or a class such as `5xx`, which a gRPC error status is part of.
+            failed: only what counts as a failure.
             max_per_s: at most so many events a second (default: the server's).
         """
         query = {
             "service": service, "caller": caller, "route": route, "status": status, "instance": instance,
-            "max_per_s": max_per_s,
+            "failed": "1" if failed else None, "max_per_s": max_per_s,
         }  # fmt: skip
         yield from self._stream("/v1/tap", query)
 

@@ -164,8 +164,10 @@ def set_traffic(
     if after == before and not ("split" in checked and service in intent.leases):
         return intent
     traffic = {name: rules for name, rules in intent.traffic.items() if name != service}
-    if after.model_copy(update={"since": None}) != Traffic():
-        traffic[service] = after.model_copy(update={"since": now})
+    if after.model_copy(update={"since": None, "field_since": {}}) != Traffic():
+        changed = {key: now for key in checked if getattr(before, key) != getattr(after, key)}
+        since = {**before.field_since, **changed}
+        traffic[service] = after.model_copy(update={"since": now, "field_since": since})
     leases = intent.leases
     if "split" in checked and service in leases:  # whoever held the split does not any more
         leases = {name: lease for name, lease in leases.items() if name != service}
@@ -216,14 +218,15 @@ def expire_leases(intent: Intent, services: Collection[str], now: float) -> Inte
     for service in services:
         lease = intent.leases[service]
         rules = intent.traffic.get(service, Traffic())
-        back = rules.model_copy(update={"split": dict(lease.fallback), "since": now})
+        since = {**rules.field_since, "split": now}
+        back = rules.model_copy(update={"split": dict(lease.fallback), "since": now, "field_since": since})
         left = {name: other for name, other in intent.leases.items() if name != service}
         intent = _next(intent, traffic={**intent.traffic, service: back}, leases=left)
     return intent
 
 
 def _traffic_field(mesh: MeshState, service: str, definition: Service, key: str, value: Any) -> Any:
-    fields = [name for name in Traffic.model_fields if name != "since"]
+    fields = [name for name in Traffic.model_fields if name not in ("since", "field_since")]
     if key not in fields:
         raise BadInput(f"traffic has no field '{key}'", f"it has: {', '.join(fields)}")
     if value is None or value in ({}, ""):

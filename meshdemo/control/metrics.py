@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from meshdemo.control.client import InstanceRow
 
+_OUTLIERS_KEPT_S = 10.0  # of a caller that is gone nothing is said any more
+
 _Series = tuple[str, str, str, str]  # service, version, route, caller
 _LABELS = ("service", "version", "route", "caller")
 
@@ -32,6 +34,8 @@ class Totals:
         self._requests: defaultdict[tuple[str, ...], int] = defaultdict(int)  # _Series and code
         self._failures: defaultdict[_Series, int] = defaultdict(int)
         self._denied: defaultdict[_Series, int] = defaultdict(int)
+        # What callers' outlier detection keeps out, by their instance: when, who they are, how many of what.
+        self._outliers: dict[str, tuple[float, str, dict[tuple[str, str], int]]] = {}
         self._mirrored: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._latency: defaultdict[tuple[str, str], defaultdict[int, int]] = defaultdict(
             lambda: defaultdict(int)
@@ -52,6 +56,12 @@ class Totals:
         """Count one export."""
         with self._lock:
             self._exports += 1
+            kept_out: dict[tuple[str, str], int] = {}
+            for cell in sample.cells:
+                if not cell.inbound and cell.version:
+                    version = (cell.peer, cell.version)
+                    kept_out[version] = max(cell.ejected, kept_out.get(version, 0))
+            self._outliers[sample.instance] = (sample.end, sample.service, kept_out)
             for cell in sample.cells:
                 if not cell.inbound:
                     self._add_client(sample.service, cell)
@@ -105,6 +115,15 @@ class Totals:
             events, exports = dict(self._events), self._exports
             connections, carried = dict(self._connections), dict(self._bytes)
             mirrored = dict(self._mirrored)
+            newest = max((end for end, _, _ in self._outliers.values()), default=0.0)
+            self._outliers = {
+                name: said for name, said in self._outliers.items() if said[0] > newest - _OUTLIERS_KEPT_S
+            }
+            outliers: dict[tuple[str, str, str], int] = {}
+            for _, caller, of_versions in self._outliers.values():
+                for (service, version), n in of_versions.items():
+                    series_of = (service, version, caller)
+                    outliers[series_of] = max(n, outliers.get(series_of, 0))
 
         total = CounterMetricFamily(
             "meshdemo_requests",
@@ -122,6 +141,14 @@ class Totals:
             for series, n in counts.items():
                 family.add_metric(series, n)
             yield family
+        gauge = GaugeMetricFamily(
+            "meshdemo_outlier_ejected_instances",
+            "Instances that the outlier detection of a caller keeps out of its load balancing.",
+            labels=("service", "version", "caller"),
+        )
+        for labels_of, n in outliers.items():
+            gauge.add_metric(labels_of, n)
+        yield gauge
         family = CounterMetricFamily(
             "meshdemo_mirrored_requests",
             "Copies of requests that a version answered to nobody.",

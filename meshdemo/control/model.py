@@ -109,7 +109,10 @@ class Traffic(_Value):
     max_requests: int | None = None
     mirror: dict[str, float] = Field(default_factory=dict, description="version -> share 0..1")
     outlier: bool | None = None
-    since: float | None = Field(default=None, description="when it came into force")
+    since: float | None = Field(default=None, description="when the last change came into force")
+    field_since: dict[str, float] = Field(
+        default_factory=dict, description="field -> when it was last changed"
+    )
 
 
 class SplitLease(_Value):

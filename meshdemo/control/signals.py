@@ -168,6 +168,7 @@ class Signal:
     refused: int = 0
     silent: bool = False  # an instance whose sidecar reported nothing lately: unknown, not healthy
     ejected: bool = False
+    outlier_ejected: int = 0  # instances that callers' outlier detection (Envoy's own) keeps out just now
     mirrored: int = 0  # copies of requests that were answered besides, in none of the other figures
     mirrored_failures: int = 0
     connections: int = 0  # of a TCP service; `received` and `sent` are bytes

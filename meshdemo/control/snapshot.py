@@ -136,13 +136,7 @@ def _outliers(samples: Sequence[Sample], now: float) -> dict[tuple[str, str], in
     Envoy counts them for each caller by itself, and does not say which.
     """
     newest = {sample.instance: sample for sample in samples if sample.end > now - WINDOW_S}
-    found: dict[tuple[str, str], int] = {}
-    for sample in newest.values():
-        for cell in sample.cells:
-            if cell.ejected:
-                key = (cell.peer, cell.version)
-                found[key] = max(found.get(key, 0), cell.ejected)
-    return found
+    return aggregate.outliers(newest.values())
 
 
 def _load(mesh: MeshState, intent: Intent) -> float | None:

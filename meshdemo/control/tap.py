@@ -21,18 +21,19 @@ from envoy.config.core.v3 import base_pb2
 from envoy.data.accesslog.v3 import accesslog_pb2
 from envoy.service.accesslog.v3 import als_pb2
 
+from meshdemo.control.client import TAP_PER_S, TAP_STATUS
 from meshdemo.control.model import Instance
 from meshdemo.control.signals import MIRRORED
-from meshdemo.control.telemetry import Authenticate, service_of
+from meshdemo.control.telemetry import BROKEN_OFF, Authenticate, service_of
 from meshdemo.errors import BadInput, Failed
 
 if TYPE_CHECKING:
     from meshdemo.control.client import TapEvent
 
-MAX_PER_S = 1_000.0
 _QUEUE = 2_000
 _MAX_SESSIONS = 8  # each holds a thread of the API
 _MAX_PATH = 1_000
+_HOST = re.compile(r"([a-z][-a-z0-9]*)(\.[-a-z0-9.]+)?(:\d+)?$")
 _RESPONSE: bytes = als_pb2.StreamAccessLogsResponse().SerializeToString()
 
 # https://www.envoyproxy.io/docs/envoy/latest/configuration/observability/access_log/usage (RESPONSE_FLAGS)
@@ -65,28 +66,51 @@ class Filter:
     route: str | None = None
     status: str | None = None
     instance: str | None = None
+    failed: bool = False
 
     def __post_init__(self) -> None:
-        if self.status is not None and not re.fullmatch(r"0|[1-5](xx|\d\d)", self.status):
+        if self.status is not None and not re.fullmatch(TAP_STATUS, self.status):
             raise BadInput(f"status '{self.status}' is no status", "such as 503, or 5xx; 0 for no response")
 
     def wants_instance(self, instance: Instance) -> bool:
         """Can requests of this instance match? Asked before an entry is decoded."""
         return self.service in (None, instance.service) and self.instance in (None, instance.id)
 
+    def wants_caller(self, instance: Instance) -> bool:
+        """Can what this instance's sidecar answered itself match?"""
+        return self.instance is None and self.caller in (None, instance.service)
+
     def wants(self, event: TapEvent) -> bool:
         """Does this request match?"""
         if self.caller is not None and event["caller"] != self.caller:
             return False
-        if self.status is not None:
-            code = str(event["status"])
-            if code != self.status and not (self.status.endswith("xx") and code[0] == self.status[0]):
-                return False
+        if self.service is not None and event["service"] != self.service:
+            return False
+        if self.failed and not failed(event):
+            return False
+        if self.status is not None and not self._of_status(event):
+            return False
         if self.route is not None:
             if self.route.startswith("/"):
                 return event["path"].startswith(self.route)
             return event["route"] == self.route
         return True
+
+    def _of_status(self, event: TapEvent) -> bool:
+        code = str(event["status"])
+        if self.status == "5xx" and event["grpc_status"]:  # an error of gRPC comes as 200
+            return True
+        return code == self.status or (str(self.status).endswith("xx") and code[0] == str(self.status)[0])
+
+
+def failed(event: TapEvent) -> bool:
+    """Is this a failure, as success rates count it?"""
+    return (
+        event["status"] >= 500
+        or event["status"] == 0
+        or bool(event["grpc_status"])
+        or bool(BROKEN_OFF.intersection(event["flags"].split(",")))
+    )
 
 
 class Session:
@@ -152,9 +176,10 @@ class Tap:
         Raises:
             BadInput: a rate that makes no sense. Failed: too many sessions, or a sidecar refused.
         """
-        rate = MAX_PER_S if max_per_s is None else max_per_s
-        if not 0 < rate <= MAX_PER_S:
-            raise BadInput(f"{rate:g} events a second", f"above 0, at most {MAX_PER_S:g}")
+        least, most = TAP_PER_S
+        rate = most if max_per_s is None else max_per_s
+        if not least <= rate <= most:
+            raise BadInput(f"{rate:g} events a second", f"allowed: {least:g} to {most:g}")
         if len(self._sessions) >= _MAX_SESSIONS:
             raise Failed(f"{_MAX_SESSIONS} taps are open already", "close one")
         session = Session(wanted, rate, self._clock)
@@ -193,13 +218,24 @@ class Tap:
         if instance is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
             return b""  # not reached: abort raises
+        outbound: bool | None = None  # whose log it is stands in the first message alone
         async for raw in messages:
-            sessions = [session for session in self._sessions if session.wanted.wants_instance(instance)]
+            message = None
+            if outbound is None:
+                message = als_pb2.StreamAccessLogsMessage.FromString(raw)
+                outbound = message.identifier.log_name == "outbound"
+            sessions = [
+                session
+                for session in self._sessions
+                if (session.wanted.wants_caller if outbound else session.wanted.wants_instance)(instance)
+            ]
             if not sessions:
                 continue
-            message = als_pb2.StreamAccessLogsMessage.FromString(raw)
+            message = message or als_pb2.StreamAccessLogsMessage.FromString(raw)
             for entry in message.http_logs.log_entry:
-                event = event_of(entry, instance)
+                event = (answered_by_caller if outbound else event_of)(entry, instance)
+                if not event["service"]:
+                    continue
                 for session in sessions:
                     if session.wanted.wants(event):
                         session.put(event)
@@ -231,4 +267,21 @@ def event_of(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance) -> Tap
         "flags": ",".join(_FLAGS.get(flag.name, flag.name) for flag, _ in common.response_flags.ListFields()),
         "latency_ms": round(took.seconds * 1e3 + took.nanos / 1e6, 3),
         "secured": bool(peer),
+        "at": "service",
+    }
+
+
+def answered_by_caller(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance) -> TapEvent:
+    """An access log entry of a caller's sidecar, of a request that it answered itself."""
+    service, _, version = entry.common_properties.upstream_cluster.partition("/")
+    if not service and (host := _HOST.match(entry.request.authority)):
+        service = host[1]  # refused before an instance was chosen: Envoy does not say of which cluster
+    return {
+        **event_of(entry, instance),
+        "caller": instance.service,
+        "service": service,
+        "version": version,
+        "instance": "",
+        "secured": False,
+        "at": "caller",
     }

@@ -57,7 +57,7 @@ _IN_FLIGHT, _ARRIVED = "http.inbound.downstream_rq_active", "http.inbound.downst
 
 # Envoy's flags of a response that began well and was cut off: reset by the upstream or locally, the
 # connection lost, out of time, not the protocol. A caller that walked away (DC) is not among them.
-_BROKEN_OFF = frozenset(("UR", "UC", "LR", "UT", "DT", "SI", "UPE"))
+BROKEN_OFF = frozenset(("UR", "UC", "LR", "UT", "DT", "SI", "UPE"))
 
 _MAX_CELLS = 2_000  # of one export: what a sidecar may cost, whoever wrote its configuration
 _RESPONSE: bytes = metrics_service_pb2.ExportMetricsServiceResponse().SerializeToString()
@@ -268,7 +268,7 @@ def _kind(inbound: bool, attributes: _Attributes) -> _Kind:
         failed=(
             code[0] == "5"
             or code == "0"  # no response: reset, or given up by the caller
-            or bool(flags & _BROKEN_OFF)
+            or bool(flags & BROKEN_OFF)
             or tags.get("grpc", "") not in ("", "0")
         ),
         refused="UO" in flags,

@@ -18,7 +18,7 @@ from meshdemo.ui import columns
 from meshdemo.ui import format as fmt
 
 if TYPE_CHECKING:
-    from meshdemo.control.client import AccessRow, EdgeRow, SignalRow, TapEvent
+    from meshdemo.control.client import AccessRow, EdgeRow, RuleRow, SignalRow, TapEvent
     from meshdemo.control.model import Fault, Traffic
 
 
@@ -68,6 +68,9 @@ def _note(row: SignalRow) -> Text:
     if row["ejected"]:
         return Text("⏏ ejected", "magenta")
     note = columns.note(columns.Figures.of_row(row))
+    if row["outlier_ejected"]:
+        count = "" if row.get("instance") else f"{row['outlier_ejected']} "
+        note.append(f"{'  ' if note else ''}! {count}ejected by Envoy", "yellow")
     if row["mirrored"]:
         failed = f" ({row['mirrored_failures']} failed)" if row["mirrored_failures"] else ""
         note.append(f"{'  ' if note else ''}+ {row['mirrored']} mirrored{failed}", "cyan")
@@ -109,7 +112,7 @@ def tap_line(request: TapEvent) -> Text:
     if request["grpc_status"] is not None:
         status += f" grpc {request['grpc_status']}"
     line = Text(f"{fmt.clock(request['time'])}  ")
-    line.append(f"{request['caller'] or '(unknown)'} → {request['instance']}  ")
+    line.append(f"{request['caller'] or '(unknown)'} → {request['instance'] or request['service']}  ")
     line.append(f"{request['method']} {request['path']}  ")
     line.append(status, "red" if failed(request) else "green")
     line.append(f"  {fmt.latency(request['latency_ms'])}")
@@ -154,12 +157,34 @@ def _fault_place(fault: Fault) -> str:
     return f"{place} for {fault.caller}" if fault.caller else place
 
 
-def traffic(rules: Mapping[str, Traffic]) -> Table:
-    """`traffic show`: one row for each service that has rules."""
-    table = plain("SERVICE", "RULES", "SINCE")
-    for service, rule in rules.items():
-        table.add_row(service, traffic_words(rule), fmt.clock(rule.since) if rule.since else fmt.NOTHING)
+def traffic(rules: Mapping[str, Mapping[str, RuleRow]]) -> Table:
+    """`traffic show`: what is in force, a row for each rule of a service."""
+    table = plain("SERVICE", "RULE", "VALUE", "ORIGIN", "SINCE")
+    for service, fields in rules.items():
+        for name, rule in fields.items():
+            since = fmt.clock(rule["since"]) if rule["since"] else fmt.NOTHING
+            origin = Text(rule["origin"], "" if rule["origin"] == "set" else "dim")
+            table.add_row(service, _RULES.get(name, name.replace("_", " ")), _rule(name, rule), origin, since)
     return table
+
+
+_RULES = {"timeout_ms": "timeout", "outlier": "outlier detection"}
+
+
+def _rule(name: str, rule: RuleRow) -> str:
+    value = rule["value"]
+    match name:
+        case "split":
+            return ", ".join(f"{version} {weight}%" for version, weight in value.items()) or fmt.NOTHING
+        case "mirror":
+            return ", ".join(f"{v} {fmt.percent(s, 0)}" for v, s in value.items()) or fmt.NOTHING
+        case "timeout_ms":
+            return f"{value} ms"
+        case "retries" if rule["origin"] == "default":
+            return f"{value}, of what no app has answered"
+        case "outlier":
+            return "on" if value else "off"
+    return str(value)
 
 
 def traffic_words(rule: Traffic) -> str:

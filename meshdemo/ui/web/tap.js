@@ -15,7 +15,7 @@ export class Tap {
     this.running = null;
     this.count = 0;
     this.table = new Table(by("tap"), (e) => e.key, [
-      (e) => clock(e.time), (e) => e.caller || "(unknown)", (e) => e.instance, (e) => e.route || "–", (e) => ({ text: `${e.method} ${e.path}`, class: "path" }),
+      (e) => clock(e.time), (e) => e.caller || "(unknown)", (e) => e.instance || e.service, (e) => e.route || "–", (e) => ({ text: `${e.method} ${e.path}`, class: "path" }),
       (e) => ({ text: `${e.failed ? "✗" : "✓"} ${e.status}${e.grpc_status ? ` grpc ${e.grpc_status}` : ""}${e.flags ? ` ${e.flags}` : ""}`, class: `n ${e.failed ? "bad" : "ok"}` }), (e) => ({ text: ms(e.latency_ms), class: "n" }),
     ], "Not tapping: no request is looked at.");
     by("tap-toggle").addEventListener("click", () => (this.running ? this.stop() : this.start()));
