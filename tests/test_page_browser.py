@@ -146,11 +146,11 @@ def test_the_tap_can_be_narrowed_down(pair: Place, opened: Any) -> None:
     page.locator("#tap-instance").select_option("service-b-v1-1")
     page.locator("#tap-failed").check()
     expect(page.locator("#tap-command")).to_have_text(
-        "meshdemo tap service-b --caller service-a --route work --instance service-b-v1-1 --status 5xx"
+        "meshdemo tap service-b --caller service-a --route work --instance service-b-v1-1 --failed"
     )
     with page.expect_request("**/v1/tap?*") as asked:
         page.get_by_role("button", name="Start tapping").click()
-    for part in ("caller=service-a", "route=work", "instance=service-b-v1-1", "status=5xx"):
+    for part in ("caller=service-a", "route=work", "instance=service-b-v1-1", "failed=1"):
         assert part in asked.value.url
     with page.expect_request("**/v1/tap?*") as asked:
         page.locator("#tap-caller").select_option("")

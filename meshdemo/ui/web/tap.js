@@ -53,11 +53,11 @@ export class Tap {
 
   filters() {
     const chosen = Object.fromEntries(FILTERS.map((name) => [name, by(`tap-${name}`).value]).filter(([, value]) => value));
-    return by("tap-failed").checked ? { ...chosen, status: "5xx" } : chosen;
+    return by("tap-failed").checked ? { ...chosen, failed: "1" } : chosen;
   }
 
   command() {
-    setText(by("tap-command"), ["meshdemo tap", this.service, ...Object.entries(this.filters()).map(([name, value]) => `--${name} ${value}`)].join(" "));
+    setText(by("tap-command"), ["meshdemo tap", this.service, ...Object.entries(this.filters()).map(([name, value]) => (name === "failed" ? "--failed" : `--${name} ${value}`))].join(" "));
   }
 
   async start() {
