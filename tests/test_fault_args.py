@@ -17,7 +17,7 @@ from meshdemo.runtime import faults
 
 # -- durations --------------------------------------------------------------------------------------------
 
-UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 parts = st.lists(st.tuples(st.integers(0, 100_000), st.sampled_from(sorted(UNITS_S))), min_size=1, max_size=3)
 
 

@@ -18,10 +18,11 @@ import pytest
 from meshdemo.apps import loader
 from meshdemo.control.model import Instance
 from meshdemo.errors import BadInput, Failed, Missing
+from meshdemo.files import write_atomic
 from meshdemo.runtime import checks, select
 from meshdemo.runtime.local import prometheus
 from meshdemo.runtime.local.client import SupervisorClient
-from meshdemo.runtime.local.files import Lock, locked, write_atomic
+from meshdemo.runtime.local.files import Lock, locked
 from meshdemo.runtime.local.keeper import BoundedLog
 from meshdemo.runtime.local.logs import read
 from meshdemo.runtime.local.paths import MARK, MeshPaths, claim, home, names

@@ -329,3 +329,10 @@ def test_watch_does_not_start_with_a_broken_policy(
     path.write_text(SOUND.replace("eject", "ejekt"))
     assert _run("watch", "--policy", str(path)) == 2
     assert "7:16: unknown remedy 'ejekt'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1m30s", 90), ("1d", 86_400), ("500ms", 0.5)])
+def test_durations_are_those_of_the_command_line(text: str, seconds: float) -> None:
+    from meshdemo.cli import _values
+
+    assert policies._duration_s(text) == _values.duration_s(text, "--for") == pytest.approx(seconds)

@@ -29,7 +29,7 @@ def load(reference: str) -> App:
     Raises BadInput: no such app, or the file is not sound; then with every problem and where it stands.
     """
     name, text = _read(reference)
-    from meshdemo.remediation import positions
+    from meshdemo import positions
 
     document = positions.parse(text)
     problems = list(document.problems)

@@ -29,7 +29,7 @@ from meshdemo.bench.stage import Process, Stage, Tell, attempt, until
 from meshdemo.bench.stats import growth, quantile
 from meshdemo.control.client import ControlClient
 from meshdemo.control.model import Effect, Instance, MeshState
-from meshdemo.runtime.local.files import write_atomic
+from meshdemo.files import write_atomic
 
 TITLE = "What the control plane carries"
 

@@ -6,12 +6,9 @@ Each complaint is one line that names the option, what was typed and what is all
 from __future__ import annotations
 
 import math
-import re
 
+from meshdemo import durations
 from meshdemo.errors import BadInput
-
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
 
 
 def duration_s(text: str, what: str) -> float:
@@ -21,9 +18,8 @@ def duration_s(text: str, what: str) -> float:
         text: what was typed.
         what: the option, for the complaint.
     """
-    parts = _PART.findall(text)
-    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < math.inf:
+    seconds = durations.seconds(text)
+    if seconds is None or not 0 < seconds < math.inf:
         raise BadInput(f"{what} {text!r}: give a duration above zero, such as 500ms, 30s, 2m or 1m30s")
     return seconds
 

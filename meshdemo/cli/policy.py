@@ -11,7 +11,7 @@ import typer
 from meshdemo.cli import _context
 
 if TYPE_CHECKING:
-    from meshdemo.remediation.positions import Problem
+    from meshdemo.positions import Problem
 
 app = typer.Typer(no_args_is_help=True, help="Check a policy file, or test it on recorded signals.")
 

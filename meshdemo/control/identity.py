@@ -25,9 +25,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Instance, MeshState
 from meshdemo.errors import Failed
+from meshdemo.files import write_atomic
 
 CONTROL_PLANE_NAME = "control-plane.meshdemo"
 """The name in the control plane's certificate; no instance gets a certificate with it."""
@@ -281,7 +281,7 @@ def _load_trust(path: Path) -> list[x509.Certificate]:
 
 def _store(path: Path, content: bytes, mode: int = 0o600) -> None:
     try:
-        write_atomically(path, content, mode)
+        write_atomic(path, content, mode=mode, durable=True)
     except OSError as error:
         raise Failed(f"cannot write {path}: {error.strerror}", "make room or mend the permissions") from error
 

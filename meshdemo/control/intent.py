@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from meshdemo.apps.model import GATEWAY, Service
 from meshdemo.control import gateway
-from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Ejection, Fault, Instance, Intent, MeshState, SplitLease, Traffic
 from meshdemo.errors import BadInput, Failed
+from meshdemo.files import write_atomic
 
 MAX_LATENCY_MS = 3_600_000.0
 MAX_TIMEOUT_MS = 3_600_000
@@ -532,7 +532,7 @@ class IntentStore:
             Failed: it could not be written (a full disk, no permission).
         """
         try:
-            write_atomically(self._path, intent.model_dump_json(indent=2).encode())
+            write_atomic(self._path, intent.model_dump_json(indent=2).encode(), durable=True)
         except OSError as error:
             raise Failed(
                 f"cannot store the intent in {self._path}: {error.strerror}; nothing was changed",

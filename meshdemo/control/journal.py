@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from meshdemo.control.files import write_atomically
 from meshdemo.errors import BadInput
+from meshdemo.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Journal:
             if size > self._max_bytes // 2:
                 break
             lines.append(line)
-        write_atomically(self._path, b"".join(reversed(lines)))
+        write_atomic(self._path, b"".join(reversed(lines)), durable=True)
         if self._fd is not None:
             os.close(self._fd)
         self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)

@@ -25,9 +25,9 @@ from pydantic import ValidationError
 from meshdemo.apps.model import GATEWAY, App
 from meshdemo.control import ingress
 from meshdemo.control.discovered import discover, version_of
-from meshdemo.control.files import write_atomically
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.errors import Failed, MeshdemoError
+from meshdemo.files import write_atomic
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.names import (
     AUDIENCE,
@@ -519,7 +519,7 @@ class Keeper:
             content = packed.get(f"{name}.gz")
             self._kept[name] = None if content is None else gzip.decompress(base64.b64decode(content))
             if (kept := self._kept[name]) is not None:
-                write_atomically(self._folder / name, kept)
+                write_atomic(self._folder / name, kept, durable=True)
 
     def save(self) -> bool:
         """Carry back what has changed; was there anything? Raises Failed."""

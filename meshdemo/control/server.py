@@ -26,7 +26,6 @@ from pydantic import ValidationError
 
 from meshdemo.control import load, metrics, objectives, page, telemetry
 from meshdemo.control.api import Control, create_app
-from meshdemo.control.files import write_atomically
 from meshdemo.control.identity import Authenticator
 from meshdemo.control.intent import Intents
 from meshdemo.control.journal import Journal
@@ -35,6 +34,7 @@ from meshdemo.control.plane import SERVER_OPTIONS, ControlPlane
 from meshdemo.control.session import Sessions
 from meshdemo.control.tap import Tap
 from meshdemo.errors import Failed, MeshdemoError, Missing
+from meshdemo.files import write_atomic
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -123,7 +123,7 @@ def api_token(path: Path) -> str:
             if token := path.read_text().strip():
                 return token
         token = secrets.token_urlsafe(32)
-        write_atomically(path, token.encode())
+        write_atomic(path, token.encode(), durable=True)
     except OSError as error:
         raise Failed(f"cannot keep the API's token in {path}: {error.strerror}") from error
     return token

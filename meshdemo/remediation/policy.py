@@ -28,10 +28,10 @@ from pydantic import (
     model_validator,
 )
 
+from meshdemo import durations, positions
 from meshdemo.control.signals import effective_bound_ms
 from meshdemo.errors import BadInput
-from meshdemo.remediation import positions
-from meshdemo.remediation.positions import Document, Problem
+from meshdemo.positions import Document, Problem
 
 Scope = Literal["instance", "version", "service", "caller"]
 Symptom = Literal["errors", "slow", "hung", "down"]
@@ -40,15 +40,13 @@ NotifyEvent = Literal["violated", "acted", "escalated", "blocked", "healed", "ga
 SCOPES: tuple[str, ...] = get_args(Scope)
 SYMPTOMS: tuple[str, ...] = get_args(Symptom)
 
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\s*")
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def _duration_s(value: Any) -> float:
-    if isinstance(value, str) and (match := _DURATION.fullmatch(value)):
-        return float(match[1]) * _UNITS_S[match[2]]
+    if isinstance(value, str) and (seconds := durations.seconds(value.strip())) is not None:
+        return seconds
     raise ValueError(f"{value!r} is no duration; write a number and a unit, such as 300ms, 10s, 5m or 1h")
 
 

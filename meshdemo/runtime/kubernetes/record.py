@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from meshdemo.control.files import write_atomically
 from meshdemo.errors import Failed
+from meshdemo.files import write_atomic
 from meshdemo.runtime.local.paths import claim, home, is_marked
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def save(record: Record) -> None:
     folder = home() / record.mesh
     try:
         claim(folder)
-        write_atomically(folder / _FILE, record.model_dump_json(indent=2).encode())
+        write_atomic(folder / _FILE, record.model_dump_json(indent=2).encode(), durable=True)
     except OSError as error:
         raise Failed(
             f"cannot write to {folder}: {error.strerror}",

@@ -1,4 +1,4 @@
-"""Files that survive a crash at any moment: atomic writes, and locks that the kernel releases."""
+"""Locks that the kernel releases when their holder dies."""
 
 from __future__ import annotations
 
@@ -11,21 +11,6 @@ from pathlib import Path
 from meshdemo.errors import Failed
 
 _POLL_S = 0.05
-
-
-def write_atomic(path: Path, content: str) -> None:
-    """Replace a file as a whole: a reader sees the old content or the new, also if we die in between.
-
-    The file is readable by its owner alone. Raises OSError (the old content is then untouched).
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class Lock:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from meshdemo.apps.model import GATEWAY
 from meshdemo.control.model import Instance
-from meshdemo.runtime.local.files import write_atomic
+from meshdemo.files import write_atomic
 from meshdemo.runtime.local.keeper import BoundedLog, Keeper, Plan
 from meshdemo.runtime.local.ports import LOOPBACK, Port, gateway_port
 from meshdemo.runtime.local.probe import listening

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from meshdemo.apps.model import App
 from meshdemo.control.model import Instance
+from meshdemo.files import write_atomic
 from meshdemo.resources import TEMPLATES
-from meshdemo.runtime.local.files import write_atomic
 
 RULES = "rules/objectives.yml"  # beside the configuration; there need not be any
 _INTERVAL_S = 5  # a scrape reads some 100 kB from each sidecar: more often would be felt in an idle mesh

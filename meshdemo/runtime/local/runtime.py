@@ -19,8 +19,9 @@ from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
 
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
+from meshdemo.files import write_atomic
 from meshdemo.runtime.local.client import SupervisorClient, told
-from meshdemo.runtime.local.files import Lock, locked, write_atomic
+from meshdemo.runtime.local.files import Lock, locked
 from meshdemo.runtime.local.paths import MeshPaths
 from meshdemo.runtime.local.ports import GATEWAY_PORT, free_gateway_port
 from meshdemo.runtime.steps import pause

@@ -35,9 +35,9 @@ from meshdemo.apps.model import Service
 from meshdemo.control.client import ControlClient
 from meshdemo.control.model import Instance, MeshState, WorkloadRevision
 from meshdemo.errors import BadInput, Failed, MeshdemoError
+from meshdemo.files import write_atomic
 from meshdemo.runtime.local import prometheus
 from meshdemo.runtime.local import spec as specs
-from meshdemo.runtime.local.files import write_atomic
 from meshdemo.runtime.local.gateway import Gateway
 from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Reaper
 from meshdemo.runtime.local.leftovers import MARK

@@ -22,7 +22,7 @@ import psutil
 
 from meshdemo.apps.model import Service, Workload
 from meshdemo.control.model import Instance
-from meshdemo.runtime.local.files import write_atomic
+from meshdemo.files import write_atomic
 from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Reaper
 from meshdemo.runtime.local.paths import MeshPaths
 from meshdemo.runtime.local.ports import LOOPBACK, Port
