@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from meshdemo.control.signals import (
     BOUNDS_MS,
+    OBJECTIVE_BOUNDS_MS,
     Cell,
     Histogram,
     Sample,
@@ -100,6 +101,8 @@ def test_thresholds_that_people_write_are_exact(threshold_ms: float) -> None:
 
 def test_bounds_are_few_and_edges_of_envoys_own_bins() -> None:
     assert len(BOUNDS_MS) <= 91  # every one is in every export of every sidecar
+    assert len(OBJECTIVE_BOUNDS_MS) <= 50  # ... and every one of these a line at every scrape
+    assert set(OBJECTIVE_BOUNDS_MS) <= set(BOUNDS_MS)
     for bound in BOUNDS_MS:
         mantissa = float(f"{bound:e}".split("e")[0])
         assert round(mantissa, 1) == mantissa

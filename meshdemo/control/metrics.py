@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from meshdemo.control.objectives import Standings
-from meshdemo.control.signals import BOUNDS_MS, Cell, Sample, middle_ms
+from meshdemo.control.signals import OBJECTIVE_BOUNDS_MS, Cell, Sample, bucket, middle_ms
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -229,14 +229,15 @@ def le_of(bound_ms: float) -> str:
 
 
 def _buckets(by_index: Mapping[int, int]) -> list[tuple[str, float]]:
-    """Cumulative buckets in seconds: all, so that a rule about latency counts what watch does.
+    """Cumulative buckets in seconds: those by which watch judges, so that a rule counts what watch does.
 
     A bucket holds what is below its bound, as Envoy counts it.
     """
     rows: list[tuple[str, float]] = []
     seen, position = 0, 0
     indices = sorted(by_index)
-    for le, bound in enumerate(BOUNDS_MS):
+    for bound in OBJECTIVE_BOUNDS_MS:
+        le = bucket(bound) - 1
         while position < len(indices) and indices[position] <= le:
             seen += by_index[indices[position]]
             position += 1
