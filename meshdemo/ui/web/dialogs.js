@@ -66,9 +66,9 @@ export function dialogs({ snapshot, chosen, call, say, faultText }) {
   dialog("clear-dialog", {
     open: () => {
       const faults = snapshot().faults;
-      by("clear-what").replaceChildren(...faults.map((fault) => html("li", { textContent: `${faultText(fault)}${fault.at === "mesh" ? "" : ` (in the ${fault.at}: only the command clears it)`}` })));
+      by("clear-what").replaceChildren(...faults.map((fault) => html("li", { textContent: `${faultText(fault)}${fault.at === "mesh" ? "" : ` stays, for it is in the ${fault.at}; this clears it: meshdemo --name ${snapshot().mesh} fault clear ${fault.id}`}` })));
     },
-    problem: () => (snapshot().faults.some((fault) => fault.at === "mesh") ? "" : "None of them is in the sidecars: use the command."),
+    problem: () => (snapshot().faults.some((fault) => fault.at === "mesh") ? "" : "None of them is in the sidecars, so none can be cleared from here: use the commands."),
     go: () => act("Faults cleared", "DELETE", "/v1/faults?at=mesh"),
   });
 
