@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from meshdemo.apps import loader
+from meshdemo.apps.model import App
 from meshdemo.errors import BadInput
 
 GOOD = """\
@@ -78,3 +79,22 @@ def test_no_such_app(tmp_path: Path) -> None:
         loader.load(str(tmp_path / "nowhere.yaml"))
     with pytest.raises(BadInput, match="cannot read"):
         loader.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("routes", "words"),
+    [
+        ([{"name": "other", "path": "/x"}], "may not be named 'other'"),
+        ([{"name": "x", "path": "/x"}, {"name": "x", "prefix": "/y"}], "two routes are named 'x'"),
+    ],
+)
+def test_routes_have_names_of_their_own(routes: list[dict[str, str]], words: str) -> None:
+    service = {"port": 1, "routes": routes, "versions": {"v1": {"command": ["x"]}}}
+    with pytest.raises(ValueError, match=words):
+        App.model_validate({"name": "a", "front": "b", "services": {"b": service}})
+
+
+def test_nothing_can_be_changed_at_an_open_path() -> None:
+    service = {"port": 1, "open_paths": {"/x": ["PUT"]}, "versions": {"v1": {"command": ["x"]}}}
+    with pytest.raises(ValueError, match="GET"):
+        App.model_validate({"name": "a", "front": "b", "services": {"b": service}})

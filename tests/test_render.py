@@ -236,8 +236,8 @@ def test_declared_routes_go_from_the_narrow_to_the_wide() -> None:
 
 def test_open_paths_are_probes_metrics_and_what_is_declared() -> None:
     assert open_paths(APP.services["cache"]) == {"/h": ["GET"]}
-    service = APP.services["service-b"].model_copy(update={"open_paths": {"/load": ["GET", "PUT"]}})
-    assert open_paths(service) == {"/healthz": ["GET"], "/metrics": ["GET"], "/load": ["GET", "PUT"]}
+    service = APP.services["service-b"].model_copy(update={"open_paths": {"/x": ["GET"]}, "load": True})
+    assert open_paths(service) == {"/healthz": ["GET"], "/metrics": ["GET"], "/load": ["GET"], "/x": ["GET"]}
 
 
 # -- split and endpoints ----------------------------------------------------------------------------------

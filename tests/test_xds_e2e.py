@@ -469,7 +469,7 @@ def test_tcp_services_are_reached_through_connect_and_guarded_too() -> None:
 def test_the_plain_listener_opens_declared_paths_only() -> None:
     app = pair(
         service_b={
-            "open_paths": {"/load": ["GET", "PUT"]},
+            "load": True,
             "port": 5000,
             "versions": {"v1": {"command": ["x"]}},
         }
@@ -481,7 +481,13 @@ def test_the_plain_listener_opens_declared_paths_only() -> None:
         b.clients.append(client)
         assert client.get("/healthz").body == "service-b-1"
         assert client.get("/metrics").status == 200
-        assert client.get("/load", "PUT").status == 200
+        assert client.get("/load").status == 200
+        # The load is set by who knows the control plane's token, which the app is not told.
+        for authorization in ("", "Bearer x"):
+            assert client.get("/load", "PUT", {"authorization": authorization}).status == 403
+        shown = {"authorization": f"Bearer {mesh.plane.load_token}"}
+        assert client.get("/load", "PUT", shown).status == 200
+        assert "authorization" not in b.upstream.headers[-1]
         assert "server_live" in client.get("/stats/prometheus").body
         for path, method in (
             ("/work", "GET"), ("/healthz", "POST"), ("/load", "POST"), ("//work", "GET"),

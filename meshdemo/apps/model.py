@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 Protocol = Literal["http", "grpc", "tcp"]
 
+OTHER = "other"
+"""The name of the route that takes what no declared route takes."""
+
 GATEWAY = "gateway"
 """The caller that is the mesh's edge. No service of an app has this name."""
 
@@ -85,7 +88,8 @@ class Service(_Strict):
     healthz: str = "/healthz"
     metrics: str | None = "/metrics"
     # Paths a non-mesh client (kubelet, Prometheus, the CLI) may reach in plain text, by exact path.
-    open_paths: dict[str, list[str]] = Field(
+    # They prove no identity, so nothing is to be changed there: GET alone.
+    open_paths: dict[str, list[Literal["GET"]]] = Field(
         default_factory=dict, description="exact path -> methods, besides GET of healthz and metrics"
     )
     load: bool = Field(default=False, description="its instances make load and answer GET/PUT /load")
@@ -98,6 +102,16 @@ class App(_Strict):
     name: Name
     front: Name = Field(description="the service that the gateway leads to")
     services: dict[Name, Service] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _routes_are_told_apart(self) -> App:
+        for name, service in self.services.items():
+            names = [route.name for route in service.routes]
+            if OTHER in names:
+                raise ValueError(f"{name}: a route may not be named '{OTHER}': that is what no route takes")
+            if twice := sorted({one for one in names if names.count(one) > 1}):
+                raise ValueError(f"{name}: two routes are named '{twice[0]}'")
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> App:

@@ -385,6 +385,15 @@ class Discovery:
         before = self._connections.get(instance.id)
         self._connections[instance.id] = connection
         if before is not None:
+            # Mostly the sidecar itself, after its connection broke; or somebody who has its token.
+            self._journal(
+                {
+                    "event": "taken_over",
+                    "instance": instance.id,
+                    "peer": context.peer().rpartition(":")[0],
+                    "reason": "another stream with this instance's token was opened; the first is closed",
+                }
+            )
             self._close(before, "the sidecar opened another stream")
         try:
             await self._converse(connection)

@@ -1,7 +1,8 @@
 """The load that the mesh makes on itself: asked for once, kept up over restarts of those who make it.
 
 The wanted rate is part of the intent. A load-making instance knows nothing of that: it starts at the rate of
-its environment and is told another over its plain listener (`PUT /load`, an open path of the app file). So
+its environment and is told another over its plain listener (`PUT /load`, which the sidecar lets through to
+who shows a token that the control plane alone knows). So
 the control plane looks once a second at what each of them makes, and tells it again where that differs: the
 same on every runtime, whoever restarted the instance. Nothing is looked at while nobody has asked for a rate.
 """
@@ -74,7 +75,9 @@ class LoadKeeper:
 
     def tell(self, rps: float, instances: Iterable[Instance]) -> list[str]:
         """Have these instances make `rps`, those that do not yet; what went wrong, in words."""
-        outcomes = self._workers.map(lambda instance: _settle(instance, rps), instances)
+        outcomes = self._workers.map(
+            lambda instance: _settle(instance, rps, self._mesh.plane.load_token), instances
+        )
         return [trouble for trouble in outcomes if trouble]
 
 
@@ -83,21 +86,22 @@ def makers(mesh: MeshState) -> list[Instance]:
     return [i for i in mesh.instances if i.ready and mesh.app.services[i.service].load]
 
 
-def _settle(instance: Instance, rps: float) -> str:
+def _settle(instance: Instance, rps: float, token: str) -> str:
     """Bring one instance to a rate if it is at another; what went wrong, in words."""
     try:
-        if _ask(instance, "GET")["rps"] != rps:
-            _ask(instance, "PUT", {"rps": rps})
+        if _ask(instance, "GET", token)["rps"] != rps:
+            _ask(instance, "PUT", token, {"rps": rps})
     except (OSError, HTTPException, ValueError, KeyError) as error:
         return f"{instance.id} does not take the load of {rps:g} requests/s: {error}"
     return ""
 
 
-def _ask(instance: Instance, method: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def _ask(instance: Instance, method: str, token: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     connection = HTTPConnection(instance.host, instance.metrics_port, timeout=_TIMEOUT_S)
     try:
         content = None if body is None else json.dumps(body)
-        connection.request(method, "/load", content, {"Content-Type": "application/json"} if body else {})
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"} if body else {}
+        connection.request(method, "/load", content, headers)
         answer = connection.getresponse()
         text = answer.read(4096)
     finally:

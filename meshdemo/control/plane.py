@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,9 @@ class ControlPlane:
         self._mesh = mesh
         self._intent = forget_gone(self._store.load(), mesh)
         self._tap = False
-        self._renderer = Renderer(self._settings.templates)
+        self.load_token = secrets.token_urlsafe(24)
+        """What sidecars let the load of an instance be set by; another one each time."""
+        self._renderer = Renderer(self._settings.templates, self.load_token)
         self._rendered = self._render(self._mesh, self._intent)
         self._trust = self._trust_bundle()
         self._identities: dict[str, tuple[Certificate, xds.Bundle]] = {}

@@ -41,7 +41,7 @@ from google.protobuf.message import Message
 from pydantic import BaseModel
 
 from meshdemo import names
-from meshdemo.apps.model import GATEWAY, App, Route, Service
+from meshdemo.apps.model import GATEWAY, OTHER, App, Route, Service
 from meshdemo.control import captured, gateway, xds
 from meshdemo.control.identity import spiffe_id, trust_domain
 from meshdemo.control.intent import callers
@@ -54,9 +54,6 @@ _KNOWN = (
     _als, _stats, _fault, _rbac, _router, _hcm, _network_rbac, _tcp_proxy, _previous_hosts, _tls,
     _http_options, _tracer,
 )  # fmt: skip
-
-OTHER = "other"
-"""The name of the route that takes what no declared route takes."""
 
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=Message)
@@ -206,7 +203,9 @@ def real_share(mesh: MeshState, intent: Intent, instance: Instance) -> float:
 class Renderer:
     """Renders snapshots; remembers what it rendered for as long as it is in use."""
 
-    def __init__(self, templates: Path = TEMPLATES / "envoy") -> None:
+    def __init__(self, templates: Path = TEMPLATES / "envoy", load_token: str | None = None) -> None:
+        """`load_token`: who shows it may set the load of instances that make load; None: nobody."""
+        self._load_token = load_token
         self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(templates),
             undefined=jinja2.StrictUndefined,
@@ -556,7 +555,12 @@ class Renderer:
                     traced=traced,
                 ),
                 self._by_name(mesh, traced),
-                self._made("listener_plain", Listener, open_paths=open_paths(service)),
+                self._made(
+                    "listener_plain",
+                    Listener,
+                    open_paths=open_paths(service),
+                    load_token=self._load_token if service.load else None,
+                ),
             ),
             inbound={},
         )
@@ -709,6 +713,8 @@ def access_rules(allowed: Sequence[str]) -> dict[str, Any]:
 def open_paths(service: Service) -> dict[str, list[str]]:
     """Exact path -> methods that need no certificate: probes, metrics, and what the app file declares."""
     paths = {path: ["GET"] for path in (service.healthz, service.metrics) if path}
+    if service.load:
+        paths["/load"] = ["GET"]
     for path, methods in service.open_paths.items():
         paths[path] = list(dict.fromkeys([*paths.get(path, []), *methods]))
     return paths
