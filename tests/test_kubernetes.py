@@ -768,6 +768,23 @@ def test_a_crash_loop_shows_why_and_the_last_lines(server: ApiServer, impatient:
     assert "| LAT_MS=abc is no number" in failed.message
 
 
+def test_what_was_wrong_before_is_no_reason(server: ApiServer, impatient: None) -> None:
+    """A pod of the version before still crash-loops while its successor starts."""
+
+    def pod(name: str, of: str, second: int, *containers: dict[str, Any]) -> dict[str, Any]:
+        meta = {
+            "name": name,
+            "labels": {"pod-template-hash": of},
+            "creationTimestamp": f"2026-01-01T00:00:0{second}Z",
+        }
+        return {"metadata": meta, "status": {"containerStatuses": list(containers)}}
+
+    before, now = pod("b-1", "h1", 1, waiting("app", "CrashLoopBackOff")), pod("b-2", "h2", 5)
+    assert [one["metadata"]["name"] for one in apply.newest([now, before])] == ["b-2"]
+    server.answer(f"get {PODS}", listing(before, now))
+    assert "not ready within" in await_it(server, {}, timeout_s=0.5).message
+
+
 def test_an_init_container_that_fails_is_the_reason(server: ApiServer, impatient: None) -> None:
     server.answer(f"get {PODS}/b-1/log", b"iptables-restore: not permitted\n")
     ended = {"terminated": {"exitCode": 1, "reason": "Error"}}

@@ -143,7 +143,7 @@ def await_rollout(
             return
         tell(_progress(found.values()))
         now = time.monotonic()
-        pods = [pod for one in waiting for pod in _pods_of(cluster, one)]
+        pods = [pod for one in waiting for pod in newest(_pods_of(cluster, one))]
         troubles = [*_of_deployments(waiting), *(t for pod in pods for t in pod_troubles(pod))]
         booting = any(trouble.reason == "Unschedulable" for trouble in troubles) and _booting(cluster)
         since = {
@@ -224,6 +224,22 @@ def _progress(deployments: Iterable[Manifest]) -> str:
 def _pods_of(cluster: Cluster, deployment: Manifest) -> list[Manifest]:
     labels = ",".join(f"{k}={v}" for k, v in deployment["spec"]["selector"]["matchLabels"].items())
     return cluster.find("Pod", deployment["metadata"]["namespace"], labels=labels)
+
+
+def newest(pods: Sequence[Manifest]) -> list[Manifest]:
+    """Those that a Deployment makes now: what is wrong with its pods of before is why there are new ones."""
+    made = [pod for pod in pods if _hash_of(pod) is not None]
+    now = _hash_of(max(made, key=_made)) if made else None
+    return [pod for pod in pods if _hash_of(pod) in {None, now}]
+
+
+def _hash_of(pod: Manifest) -> str | None:
+    label: str | None = pod["metadata"].get("labels", {}).get("pod-template-hash")
+    return label
+
+
+def _made(pod: Manifest) -> str:
+    return str(pod["metadata"].get("creationTimestamp", ""))
 
 
 def _booting(cluster: Cluster) -> bool:
