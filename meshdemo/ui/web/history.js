@@ -172,7 +172,7 @@ export class History {
       if (mark.kind === "fault" || mark.kind === "violated") bands.push(svg("rect", { class: `band ${mark.class}`, x: x1, y: this.lanesTop, width: x2 - x1, height: this.bottom - this.lanesTop }));
       else bands.push(svg("path", { class: "moment", d: `M${x1} ${y + LANE}V${this.bottom}` }));
       // The words stand in the bar, or behind it, or (at the right end) before it.
-      const needs = text.length * 6.6 + 6, right = this.width - RIGHT;
+      const needs = text.length * 6.9 + 8, right = this.width - RIGHT;
       const room = x2 - x1 >= needs ? x1 + 4 : x2 + 4 + needs <= Math.min(right, following[index]) ? x2 + 4 : x1 - needs;
       const shown = room > ends[lane] && room > LEFT;
       const symbolAt = Math.max(x1 - 1, ends[lane]);
