@@ -71,8 +71,10 @@ class LocalRuntime:
         ready = running is not None and all(one["ready"] for one in running["instances"])
         if ready and not specs.differences(before, wanted):
             return []
-        if wanted.gateway_port and (running is None or running["gateway_port"] != wanted.gateway_port):
-            free_gateway_port(wanted.gateway_port)  # what is wrong with it is said before anything is begun
+        asked = options.extra.get("gateway_port")
+        has = running["gateway_port"] if running else before.gateway_port if before else None
+        if asked is not None and asked != has:
+            free_gateway_port(asked)  # what is wrong with it is said before anything is begun
         up = _Up(
             self,
             wanted,
