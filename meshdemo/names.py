@@ -34,3 +34,6 @@ GATEWAY_PORT = 8080  # the edge's, in its pod
 XDS_PORT = 15010
 API_PORT = 8080
 OPEN_PORT = 8081
+
+RECORD = "kubernetes.json"
+"""The file in a mesh's folder that says how to reach its cluster."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from kind_harness import Mesh, on_kind, require, until
 
 pytestmark = [pytest.mark.kind, pytest.mark.xdist_group("kind")]
@@ -151,3 +153,61 @@ def test_it_comes_back(mesh: Mesh) -> None:
     pods = mesh.cluster.find("Pod", mesh.name, labels="app.kubernetes.io/component=gateway")
     mesh.cluster.delete("Pod", pods[0]["metadata"]["name"], mesh.name, grace_s=0)
     until(lambda: get(mesh, "/work")[0] == 200, "a gateway that leads on")
+
+
+# -- somebody else's app in the same namespace --------------------------------------------------------------
+
+
+def test_an_injected_app_is_part_of_the_mesh(mesh: Mesh, tmp_path: Path) -> None:
+    ours = mesh.cluster.get("Deployment", "service-b-v1", mesh.name)
+    assert ours is not None
+    image = ours["spec"]["template"]["spec"]["containers"][0]["image"]
+    labels = {"app": "shop"}
+    host = "0.0.0.0"  # noqa: S104 - as other people's apps do
+    env = {"HOST": host, "PORT": "8080", "SERVICE": "shop", "VERSION": "v1", "INSTANCE": "shop"}
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "shop", "namespace": mesh.name},
+        "spec": {
+            "selector": {"matchLabels": labels},
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": {
+                    "containers": [
+                        {
+                            "name": "shop",
+                            "image": image,
+                            "env": [{"name": name, "value": value} for name, value in env.items()],
+                            "readinessProbe": {"httpGet": {"path": "/healthz", "port": 8080}},
+                        }
+                    ]
+                },
+            },
+        },
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "shop", "namespace": mesh.name},
+        "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": 8080}]},
+    }
+    (tmp_path / "shop.yaml").write_text(yaml.safe_dump_all([deployment, service]))
+    for manifest in yaml.safe_load_all(mesh.run("inject", str(tmp_path / "shop.yaml"))):
+        mesh.cluster.apply(manifest)
+    route = ingress(mesh, "shop", "shop.test", work="shop")
+    route["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"] = {"number": 80}
+    mesh.cluster.apply(route)
+    until(lambda: get(mesh, "/work", "shop.test")[0] == 200, "the injected app through the gateway")
+
+    def edge() -> dict[str, Any] | None:
+        get(mesh, "/work", "shop.test")
+        return next((one for one in mesh.json("edges") if one["service"] == "shop"), None)
+
+    found = until(edge, "the injected app among the edges")
+    assert found is not None
+    assert (found["caller"], found["secured"]) == ("gateway", True)
+    rows = until(lambda: [one for one in mesh.json("stat", "shop") if one["requests"]], "its signals")
+    assert rows[0]["success_rate"] == 1
+    (pod,) = mesh.cluster.find("Pod", mesh.name, labels="app=shop")
+    assert "meshdemo-sidecar" in {one["name"] for one in pod["spec"]["initContainers"]}

@@ -31,13 +31,13 @@ def command(
 ) -> None:
     """Put a sidecar into every workload of Kubernetes manifests; all else stays as it is, to the byte.
 
-    The pods belong into the namespace of the mesh (--name), to services that its app file declares. Exit
-    status 1 if a workload was refused: it is passed on as it was, and the reason is on standard error.
+    The pods belong into the namespace of the mesh (--name). Exit status 1 if a workload was refused: it is
+    passed on as it was, and the reason is on standard error.
     """
     from meshdemo.runtime.kubernetes import inject, sidecars
 
     context = _context.of(ctx)
-    chosen = image or sidecars.default_image()
+    chosen = image or sidecars.default_image(context.name)
     _run(
         context,
         file,

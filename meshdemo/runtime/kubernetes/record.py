@@ -14,12 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from meshdemo.errors import Failed
 from meshdemo.files import write_atomic
+from meshdemo.names import RECORD
 from meshdemo.runtime.local.paths import claim, home, is_marked
 
 if TYPE_CHECKING:
     from meshdemo.kube import Cluster
-
-_FILE = "kubernetes.json"
 
 
 class Record(BaseModel):
@@ -62,7 +61,7 @@ def kubeconfig(mesh: str) -> Path:
 
 def load(mesh: str) -> Record | None:
     """What is remembered of a mesh; None if nothing is. Raises Failed if it cannot be read."""
-    path = home() / mesh / _FILE
+    path = home() / mesh / RECORD
     try:
         return Record.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -76,7 +75,7 @@ def save(record: Record) -> None:
     folder = home() / record.mesh
     try:
         claim(folder)
-        write_atomic(folder / _FILE, record.model_dump_json(indent=2).encode(), durable=True)
+        write_atomic(folder / RECORD, record.model_dump_json(indent=2).encode(), durable=True)
     except OSError as error:
         raise Failed(
             f"cannot write to {folder}: {error.strerror}",

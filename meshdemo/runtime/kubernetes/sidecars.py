@@ -6,10 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 from meshdemo.errors import BadInput
-from meshdemo.names import MESH, PREFIX, PROTOCOL, PROTOCOLS, SERVICE, TOLD_PROTOCOL, VERSION
+from meshdemo.names import MESH, PREFIX, PROTOCOL, PROTOCOLS, RECORD, SERVICE, TOLD_PROTOCOL, VERSION
 from meshdemo.runtime.kubernetes import images
 from meshdemo.runtime.kubernetes.inject import Additions, PodTemplate
 from meshdemo.runtime.kubernetes.pieces import sidecar
+from meshdemo.runtime.local.paths import home
 
 # Annotations of the user, on the workload or on its pod template.
 SKIP_INBOUND = PREFIX + "skip-inbound-ports"  # "9090,9100": traffic to these ports passes by the sidecar
@@ -19,9 +20,15 @@ _SERVICE_LABELS = ("app.kubernetes.io/name", "app", "k8s-app")
 _VERSION_LABELS = ("app.kubernetes.io/version", "version")
 
 
-def default_image(base_image: str | None = None, registry: str | None = None) -> str:
-    """The sidecar's image as `up` builds it."""
-    return images.sidecar(base_image or images.BASE_IMAGE).reference(registry)
+def default_image(mesh: str) -> str:
+    """The sidecar's image as `up` builds it, or built it for this mesh."""
+    if not (home() / mesh / RECORD).exists():
+        return images.sidecar(images.BASE_IMAGE).reference(None)
+    from meshdemo.runtime.kubernetes import record  # not loaded for nothing
+
+    known = record.load(mesh)
+    assert known is not None
+    return images.sidecar(known.base_image or images.BASE_IMAGE).reference(known.registry)
 
 
 def additions(pod: PodTemplate, mesh: str, image: str) -> Additions:
