@@ -317,3 +317,24 @@ def test_refusals_and_ejections_are_seen_apart_from_errors_of_the_app(
     assert row["effective_success_rate"] < 1
     until(lambda: sum(metrics(mesh, "meshdemo_client_request_refused_total").values()) > 20, "refusals")
     assert sum(metrics(mesh, "meshdemo_request_failures_total").values()) == failures  # of the app: none
+
+
+# -- rotation -----------------------------------------------------------------------------------------------
+
+
+def test_certificates_and_root_are_rotated_by_hand_under_load(
+    mesh: ServedMesh, client: ControlClient
+) -> None:
+    before = client.identities()
+    assert before["trusted_roots"] == 1
+    assert {row["identity"].rsplit("/", 1)[1] for row in before["instances"]} == {"service-a", "service-b"}
+    with Load(mesh.members["service-a-1"], WORK) as load:
+        assert client.rotate_identities().sidecars == 4
+        load.more(30)
+        assert client.rotate_identities(root=True).sidecars == 4
+        load.more(30)
+    assert load.failed == []
+    after = client.identities()
+    assert (after["trusted_roots"], after["replacing_root"]) == (1, False)
+    old = {row["instance"]: row["expires_at"] for row in before["instances"]}
+    assert all(row["expires_at"] > old[row["instance"]] for row in after["instances"])

@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "traffic": ("Shape traffic and access", "traffic", "Splits, timeouts, retries, circuit breakers."),
     "canary": ("Shape traffic and access", "canary", "Shift traffic step by step while objectives hold."),
     "access": ("Shape traffic and access", "access", "Who may call whom."),
+    "identity": ("Shape traffic and access", "identity", "The certificates of the mesh, and their rotation."),
     "inject": ("Shape traffic and access", "inject", "Put a sidecar into every workload of manifests."),
     "uninject": ("Shape traffic and access", "uninject", "Take those sidecars out again."),
     "watch": ("Heal", "watch", "Judge, localise and heal by policy, with a live dashboard."),

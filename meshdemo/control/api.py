@@ -388,6 +388,10 @@ class _AccessBody(_Body):
     allowed: bool
 
 
+class _RotateBody(_Body):
+    root: bool = False
+
+
 class _LeaseBody(_Body):
     owner: str
 
@@ -578,6 +582,20 @@ def set_traces() -> Response:
     effect = mesh.change(lambda intent, _: intents.set_traces(intent, asked.endpoint))
     mesh.record({"event": "traces", "endpoint": mesh.intent.traces})
     return jsonify({"endpoint": mesh.intent.traces, **_effect(effect)})
+
+
+@api.get("/v1/identity")
+def identity() -> Response:
+    mesh = control()
+    return jsonify(mesh.run(mesh.plane.identities()))
+
+
+@api.post("/v1/identity/rotate")
+def rotate_identity() -> Response:
+    mesh, asked = control(), _body(_RotateBody)
+    effect = mesh.run(mesh.plane.rotate_root() if asked.root else mesh.plane.rotate_certificates())
+    mesh.record({"event": "rotated", "root": asked.root, "sidecars": effect.sidecars})
+    return jsonify(_effect(effect))
 
 
 @api.get("/v1/access")

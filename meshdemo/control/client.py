@@ -345,6 +345,15 @@ class ControlClient:
         )
         return row
 
+    def identities(self) -> dict[str, Any]:
+        """Who each instance is and until when its certificate is valid; and how the root stands."""
+        found: dict[str, Any] = self._call("GET", "/v1/identity")
+        return found
+
+    def rotate_identities(self, *, root: bool = False) -> Effect:
+        """Give every sidecar a fresh key and certificate; with `root`, replace the root before."""
+        return self._effect("POST", "/v1/identity/rotate", {"root": root})
+
     def access(self) -> list[AccessRow]:
         """Who may call whom, every pair of services that an app file or a command speaks of."""
         rows: list[AccessRow] = self._call("GET", "/v1/access")

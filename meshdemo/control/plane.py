@@ -263,6 +263,24 @@ class ControlPlane:
             outcome = await self._push()
         return self._effect(started, outcome)
 
+    async def identities(self) -> dict[str, Any]:
+        """Who each instance is and until when its certificate is valid; and how the root stands."""
+        return {
+            "instances": [
+                {
+                    "instance": instance.id,
+                    "identity": spiffe_id(self._mesh.mesh, self._mesh.namespace, instance.service),
+                    "expires_at": known[0].expires_at
+                    if (known := self._identities.get(instance.id))
+                    else None,
+                }
+                for instance in self._mesh.instances
+            ],
+            "lifetime_s": self._settings.certificate_lifetime_s,
+            "trusted_roots": self._authority.trust.count(b"BEGIN CERTIFICATE"),
+            "replacing_root": self._authority.replacing_root,
+        }
+
     async def rotate_certificates(self) -> Effect:
         """Give every connected sidecar a fresh key and certificate now (also done by itself in time)."""
         started = time.perf_counter()
@@ -279,6 +297,12 @@ class ControlPlane:
             Failed: a sidecar did not confirm a step. Both roots stay trusted then, everything goes on
                 working, and a second call (or a restart) goes on where this one stopped.
         """
+        if self._mesh.addresses:
+            # There the root must be stored, and what pods mount must have reached them, before it is used.
+            raise Failed(
+                "the root of a mesh on Kubernetes cannot be rotated while it runs",
+                "`meshdemo identity rotate` renews all certificates; down and up makes a new root",
+            )
         started = time.perf_counter()
         async with self._changing:
             self._authority.prepare_root(self._clock())

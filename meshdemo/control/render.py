@@ -441,7 +441,7 @@ class Renderer:
     ) -> xds.Snapshot:
         """What the Envoy at the edge has: as a sidecar that only calls, and is called from outside."""
         front = self._made("listener_gateway", Listener, traced=None if traces is None else GATEWAY)
-        plain = self._made("listener_plain", Listener, open_paths={})
+        plain = self._made("listener_plain", Listener, open_paths={}, load_token=None)
         if mesh.addresses:  # in a pod, which is reached at its own address
             placed = [
                 self._once(
