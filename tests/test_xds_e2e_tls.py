@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,3 +206,47 @@ def test_the_root_can_be_replaced_under_load_and_outlives_a_restart(mesh: Mesh) 
         if path.exists():
             assert path.stat().st_mode & 0o077 == 0
     assert "BEGIN PRIVATE KEY" in (mesh.state / "ca.pem").read_text()
+
+
+def test_a_server_of_another_identity_is_no_service_b(tmp_path: Path) -> None:
+    """Somebody of the mesh answers at an endpoint of service-b: its callers refuse to speak to them."""
+    with mesh_of(pair()) as mesh:
+        a, b = mesh.add("service-a"), mesh.add("service-b")
+        mesh.start_control()
+        mesh.start_sidecar(a)
+        mesh.await_ready(a)
+        authority = Authority(mesh.state, "m", time.time())
+        listening = socket.create_server(("127.0.0.1", b.instance.inbound_port))
+        received: list[bytes] = []
+
+        def serve(identity: str) -> ssl.SSLContext:
+            certificate = authority.issue(spiffe_id("m", "default", identity), time.time(), 60)
+            (tmp_path / "server.pem").write_bytes(certificate.key + certificate.chain)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tmp_path / "server.pem")
+            return context
+
+        shown = serve("service-c")
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                try:
+                    with shown.wrap_socket(connection, server_side=True) as tls:
+                        received.append(tls.recv(4096))
+                        tls.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nhi")
+                except OSError:
+                    continue
+
+        threading.Thread(target=accept, daemon=True).start()
+        client = a.client()
+        answer = client.get(WORK)
+        assert (answer.status, any(received)) == (503, False)
+        shown = serve("service-b")  # with the right name it would have been believed
+        until(
+            lambda: client.get(WORK).body == "hi", "the same server under the right identity to be spoken to"
+        )
+        listening.close()
