@@ -116,7 +116,10 @@ class Remedies:
         return words
 
     def _shift_away(self, plan: Plan, reason: str) -> str:
-        return _in_force(self._client().set_traffic(plan.service, {"split": dict(plan.split)}).effect)
+        effect = self._client().set_traffic(plan.service, {"split": dict(plan.split)}).effect
+        if not effect.sidecars:
+            raise Failed("the traffic went there already: no sidecar had anything to change")
+        return _in_force(effect)
 
     def _scale(self, plan: Plan, reason: str) -> str:
         assert plan.scale is not None
