@@ -172,7 +172,9 @@ def test_an_injected_app_is_part_of_the_mesh(mesh: Mesh, tmp_path: Path) -> None
         "spec": {
             "selector": {"matchLabels": labels},
             "template": {
-                "metadata": {"labels": labels},
+                "metadata": {
+                    "labels": dict(labels)
+                },  # else YAML would have an alias, which inject leaves alone
                 "spec": {
                     "containers": [
                         {
@@ -190,7 +192,7 @@ def test_an_injected_app_is_part_of_the_mesh(mesh: Mesh, tmp_path: Path) -> None
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"name": "shop", "namespace": mesh.name},
-        "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": 8080}]},
+        "spec": {"selector": dict(labels), "ports": [{"port": 80, "targetPort": 8080}]},
     }
     (tmp_path / "shop.yaml").write_text(yaml.safe_dump_all([deployment, service]))
     for manifest in yaml.safe_load_all(mesh.run("inject", str(tmp_path / "shop.yaml"))):
