@@ -172,9 +172,8 @@ def test_an_injected_app_is_part_of_the_mesh(mesh: Mesh, tmp_path: Path) -> None
         "spec": {
             "selector": {"matchLabels": labels},
             "template": {
-                "metadata": {
-                    "labels": dict(labels)
-                },  # else YAML would have an alias, which inject leaves alone
+                # A copy, or YAML would have an alias, which inject does not edit.
+                "metadata": {"labels": dict(labels)},
                 "spec": {
                     "containers": [
                         {
@@ -209,7 +208,13 @@ def test_an_injected_app_is_part_of_the_mesh(mesh: Mesh, tmp_path: Path) -> None
     found = until(edge, "the injected app among the edges")
     assert found is not None
     assert (found["caller"], found["secured"]) == ("gateway", True)
-    rows = until(lambda: [one for one in mesh.json("stat", "shop") if one["requests"]], "its signals")
-    assert rows[0]["success_rate"] == 1
+
+    def well() -> bool:
+        # Until it was ready, requests failed.
+        get(mesh, "/work", "shop.test")
+        (row,) = mesh.json("stat", "shop", "--window", "3s")
+        return bool(row["requests"] and row["success_rate"] == 1)
+
+    until(well, "its signals")
     (pod,) = mesh.cluster.find("Pod", mesh.name, labels="app=shop")
     assert "meshdemo-sidecar" in {one["name"] for one in pod["spec"]["initContainers"]}
