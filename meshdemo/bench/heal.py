@@ -54,8 +54,10 @@ _NORMAL_ERRORS = 0.005  # on healthy traffic: half of what the objective allows
 def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
     """Measure. Raises MeshdemoError."""
     rounds, left_out, failures = scale.rounds(10, quick=1), [], list[str]()
-    ways = [WATCH, PROMETHEUS, OUTLIER, NOTHING]
-    if why := prometheus.not_installed():
+    ways = [WATCH] if scale.alone else [WATCH, PROMETHEUS, OUTLIER, NOTHING]
+    if scale.alone:
+        left_out.append(LeftOut("the alternatives", "--alone leaves them out"))
+    elif why := prometheus.not_installed():
         ways.remove(PROMETHEUS)
         left_out.append(LeftOut("Prometheus and Alertmanager", why))
     found: dict[tuple[str, str], list[Outcome]] = {}
@@ -75,10 +77,11 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
             for way, count in _false_alarms(stage, scale.seconds(60, quick=10), ways).items():
                 alarms.setdefault(way, []).append(count)
     figures = _figures(found, alarms)
-    if (no_kind := heal_kind.missing(quick=scale.quick)) is not None:
-        left_out.append(no_kind)
-    else:
-        figures += heal_kind.measure(stage, scale.rounds(3, quick=1), tell, failures)
+    if not scale.alone:
+        if (no_kind := heal_kind.missing(quick=scale.quick)) is not None:
+            left_out.append(no_kind)
+        else:
+            figures += heal_kind.measure(stage, scale.rounds(3, quick=1), tell, failures)
     return Findings(
         figures=figures,
         left_out=left_out,

@@ -12,6 +12,7 @@ class Scale:
     quick: bool = False
     runs: int | None = None  # rounds that were asked for
     large: bool = False  # also what takes a big machine
+    alone: bool = False  # heal: watch alone
 
     def rounds(self, whole: int, *, quick: int) -> int:
         """Rounds: as asked for, else by the suite's own numbers."""

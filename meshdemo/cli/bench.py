@@ -37,6 +37,9 @@ def command(
     large: Annotated[
         bool, typer.Option("--large", help="controlplane: also with 5,000 sidecars.")
     ] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="heal: watch alone, without the alternatives.")
+    ] = False,
 ) -> None:  # fmt: skip
     """What the mesh costs and how fast it heals, on this machine, next to the alternatives.
 
@@ -53,7 +56,7 @@ def command(
         raise BadInput(f"--runs {runs}: allowed is 1 to {_MOST_RUNS}")
     if html is not None:
         _check_writable(html)
-    scale = Scale(quick=quick, runs=runs, large=large)
+    scale = Scale(quick=quick, runs=runs, large=large, alone=alone)
     if context.chatty and runs is None:
         context.stderr.print(f"about {max(1, round(runner.minutes(names, scale)))} minutes")
     report = None
