@@ -16,7 +16,10 @@ export const STATES = {
   idle: { symbol: "–", word: "idle", class: "off" },
 };
 
-// What misses an objective of its service comes with what is `wrong` with it; the control plane judges that.
+// What misses an objective of its service comes with what is `wrong` with it; the control plane judges that. What an
+// objective puts up with is not healthy for that.
+const WELL = 0.99;
+
 export function state(row) {
   if (row.outside) return STATES.outside;
   if (row.ready === false) return STATES.starting;
@@ -25,7 +28,7 @@ export function state(row) {
   if (row.overdue > 0 && !row.requests) return STATES.hung;
   if (row.denied > 0 && !row.requests) return STATES.denied;
   if (row.success_rate === null || row.success_rate === undefined) return STATES.idle;
-  return STATES[row.wrong] ?? STATES.ok;
+  return STATES[row.wrong] ?? (row.success_rate < WELL ? STATES.degraded : STATES.ok);
 }
 
 export const isSlow = (row) => row.wrong === "slow" || row.wrong === "too_slow";
