@@ -310,29 +310,37 @@ class _Up:
 
     def _load(self, tell: Callable[[str], None]) -> None:
         """Load what the nodes lack; they take images long before Kubernetes is up on them."""
-        name = self._options.name
         wanted = list(self._references.values())
-        lacking: dict[str, list[str]] = {}
+        with tempfile.TemporaryDirectory(prefix="meshdemo-") as folder:
+            archive = Path(folder) / "images.tar"
+            if self._makes_cluster:  # its nodes lack everything, and are not there yet
+                tell("saving")
+                self._builder.save(wanted, archive)
+            lacking = self._lacking(wanted, tell)
+            needed = sorted({image for images_of in lacking.values() for image in images_of})
+            if not needed:
+                return
+            if not archive.exists():
+                tell("saving")
+                self._builder.save(needed, archive)
+            tell("loading")
+            nodes = [node for node, images_of in lacking.items() if images_of]
+            self._kind.load(self._options.name, archive, nodes)
+
+    def _lacking(self, wanted: Sequence[str], tell: Callable[[str], None]) -> dict[str, list[str]]:
+        """Which images each node lacks, once all of them can say so."""
+        expected = 1 + int(self._extra.get("workers") or 0) if self._makes_cluster else 1
         while True:
-            nodes = self._kind.nodes(name)
+            nodes = self._kind.nodes(self._options.name)
             try:
                 lacking = {node: self._kind.missing(node, wanted) for node in nodes}
-                if nodes:
-                    break
+                if len(nodes) >= expected:
+                    return lacking
             except (Failed, ValueError):
                 if self._left() <= 1:
                     raise
             tell("waiting for the nodes")
             pause(0.5)
-        needed = sorted({image for images_of in lacking.values() for image in images_of})
-        if not needed:
-            return
-        with tempfile.TemporaryDirectory(prefix="meshdemo-") as folder:
-            archive = Path(folder) / "images.tar"
-            tell("saving")
-            self._builder.save(needed, archive)
-            tell("loading")
-            self._kind.load(name, archive, [node for node, images_of in lacking.items() if images_of])
 
     def _push(self, name: str) -> Callable[[Callable[[str], None]], None]:
         return partial(self._builder.push, self._references[name])
