@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from xds_harness import pair
 
-from meshdemo.control import files
+from meshdemo import files
 from meshdemo.control.intent import add_fault, eject, new_fault, set_traffic
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.control.plane import ControlPlane, Settings

@@ -28,9 +28,8 @@ def show(ctx: typer.Context) -> None:
         table.add_row(row["instance"], row["identity"], until)
     context.console.print(table)
     state = "; it is being replaced" if found["replacing_root"] else ""
-    context.say(
-        f"{found['trusted_roots']} root trusted{state}; a certificate lives {found['lifetime_s']:g} s"
-    )
+    lives = fmt.duration(found["lifetime_s"])
+    context.say(f"{found['trusted_roots']} root trusted{state}; a certificate lives {lives}")
 
 
 @app.command()

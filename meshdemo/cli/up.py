@@ -92,6 +92,14 @@ def command(
             help="Where sidecars send their spans (OpenTelemetry, gRPC: http://HOST:4317); off: nowhere.",
         ),
     ] = None,
+    certificate_lifetime: Annotated[
+        str | None,
+        typer.Option(
+            "--certificate-lifetime",
+            metavar="DURATION",
+            help="How long sidecars' certificates live, 10s to 365d (default: 1h); they renew themselves.",
+        ),
+    ] = None,
     watch: Annotated[
         bool | None,
         typer.Option("--watch/--no-watch", help="Run watch in the cluster, too (kind, kubernetes)."),
@@ -124,6 +132,8 @@ def command(
 
         trace_endpoint(otlp_endpoint)  # before anything is started
 
+    lifetime_s = None if certificate_lifetime is None else _lifetime_s(certificate_lifetime)
+
     where, why = choose(runtime, frame.name)
     definition, folder = _app(app, where)
     options = UpOptions(
@@ -141,6 +151,7 @@ def command(
         seconds = run_steps(steps, frame.stderr if frame.chatty else None, timeout_s=timeout + _GRACE_S)
     if otlp_endpoint is not None:
         where.control().set_traces(None if otlp_endpoint == "off" else otlp_endpoint)
+    renewed = None if lifetime_s is None else where.control().set_certificate_lifetime(lifetime_s)
     for note in getattr(where, "notes", ()):
         frame.stderr.print(f"Note: {note}", markup=False, soft_wrap=True)
     if frame.verbose:
@@ -151,9 +162,12 @@ def command(
         from meshdemo.cli.status import status
 
         frame.emit(status(where))
+        return
+    if renewed is not None and renewed.sidecars:
+        frame.say(f"Certificates live {certificate_lifetime} from now on; {_context.effect_words(renewed)}.")
     elif not steps:
         frame.say(f"Mesh '{frame.name}' is up already, as asked for; nothing to change.")
-    else:
+    if steps:
         frame.say(f"Mesh '{frame.name}' is up after {time.monotonic() - started:.1f} s.")
 
 
@@ -184,6 +198,18 @@ def _app(reference: str | None, where: Runtime) -> tuple[App, Path]:
             return where.app(), Path.cwd()
         reference = "pair"
     return loader.load(reference), loader.folder(reference)
+
+
+def _lifetime_s(text: str) -> float:
+    from meshdemo import durations
+    from meshdemo.control.intent import MAX_CERTIFICATE_S, MIN_CERTIFICATE_S
+
+    lifetime_s = durations.seconds(text)
+    if lifetime_s is None or not MIN_CERTIFICATE_S <= lifetime_s <= MAX_CERTIFICATE_S:
+        raise BadInput(
+            f"--certificate-lifetime {text!r}: allowed is a duration from 10s to 365d, such as 10m or 1h"
+        )
+    return lifetime_s
 
 
 def _pairs(values: list[str] | None, option: str, form: str) -> Iterator[tuple[str, str]]:

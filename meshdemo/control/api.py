@@ -400,6 +400,10 @@ class _TracesBody(_Body):
     endpoint: str | None
 
 
+class _CertificatesBody(_Body):
+    lifetime_s: float
+
+
 class _EjectBody(_Body):
     instance: str
     reason: str = ""
@@ -588,6 +592,16 @@ def set_traces() -> Response:
 def identity() -> Response:
     mesh = control()
     return jsonify(mesh.run(mesh.plane.identities()))
+
+
+@api.put("/v1/identity")
+def set_certificate_lifetime() -> Response:
+    mesh, asked = control(), _body(_CertificatesBody)
+    before = mesh.intent.certificate_lifetime_s
+    effect = mesh.change(lambda intent, _: intents.set_certificate_lifetime(intent, asked.lifetime_s))
+    if mesh.intent.certificate_lifetime_s != before:
+        mesh.record({"event": "certificate_lifetime", "lifetime_s": asked.lifetime_s})
+    return jsonify({"lifetime_s": mesh.intent.certificate_lifetime_s, **_effect(effect)})
 
 
 @api.post("/v1/identity/rotate")

@@ -350,6 +350,10 @@ class ControlClient:
         found: dict[str, Any] = self._call("GET", "/v1/identity")
         return found
 
+    def set_certificate_lifetime(self, lifetime_s: float) -> Effect:
+        """Have certificates live so long from now on; all are issued anew if that differs from before."""
+        return self._effect("PUT", "/v1/identity", {"lifetime_s": lifetime_s})
+
     def rotate_identities(self, *, root: bool = False) -> Effect:
         """Give every sidecar a fresh key and certificate; with `root`, replace the root before."""
         return self._effect("POST", "/v1/identity/rotate", {"root": root})

@@ -28,6 +28,9 @@ MAX_TIMEOUT_MS = 3_600_000
 MAX_RETRIES = 10
 MAX_LIMIT = 1_000_000
 MAX_RPS = 100_000.0
+# Certificates are renewed after two thirds of their lifetime: a third of the shortest must be enough for that
+# on a busy machine. Nothing needs longer ones than a year; the root lives ten.
+MIN_CERTIFICATE_S, MAX_CERTIFICATE_S = 10.0, 365 * 86_400.0
 
 _REQUEST_FIELDS = frozenset(
     ("id", "at", "kind", "service", "version", "instance", "route", "caller", "lat_ms", "err_rate", "share",
@@ -413,6 +416,20 @@ def set_traces(intent: Intent, endpoint: str | None) -> Intent:
         BadInput: an endpoint that makes no sense.
     """
     return _next(intent, traces=None if endpoint is None else trace_endpoint(endpoint))
+
+
+# -- certificates -----------------------------------------------------------------------------------------
+
+
+def set_certificate_lifetime(intent: Intent, lifetime_s: float) -> Intent:
+    """The intent with certificates that live so long.
+
+    Raises:
+        BadInput: shorter than renewal can bear, or longer than anybody needs.
+    """
+    if not MIN_CERTIFICATE_S <= lifetime_s <= MAX_CERTIFICATE_S:
+        raise BadInput(f"a certificate lifetime of {lifetime_s:g} s: allowed is 10s to 365d")
+    return _next(intent, certificate_lifetime_s=float(lifetime_s))
 
 
 # -- checks -----------------------------------------------------------------------------------------------

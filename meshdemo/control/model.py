@@ -153,6 +153,9 @@ class Intent(_Value):
         default=None, description="requests/s of each instance that makes load; None: what it starts with"
     )
     traces: str | None = Field(default=None, description="HOST:PORT of the OTLP collector that gets spans")
+    certificate_lifetime_s: float | None = Field(
+        default=None, description="of each sidecar's certificate; None: as the control plane has it (an hour)"
+    )
 
 
 class Effect(_Value):

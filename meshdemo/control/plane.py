@@ -61,7 +61,7 @@ class Settings:
     """What the control plane may be told at start."""
 
     ack_timeout_s: float = 5.0  # how long a change waits for a sidecar that does not answer
-    certificate_lifetime_s: float = 3600.0
+    certificate_lifetime_s: float = 3600.0  # unless the intent says otherwise
     root_overlap_s: float = 2.0  # how long both roots are trusted after all certificates are re-issued
     templates: Path = TEMPLATES / "envoy"
 
@@ -95,9 +95,9 @@ class ControlPlane:
         self._authenticator = authenticator or TokenHashes()
         self._store: Intents = intents or IntentStore(state / "intent.json")
         self._authority = Authority(state, mesh.mesh, clock())
-        self._server_certificate = self._issue_server_certificate()
         self._mesh = mesh
         self._intent = forget_gone(self._store.load(), mesh)
+        self._server_certificate = self._issue_server_certificate()
         self._tap = False
         self.load_token = secrets.token_urlsafe(24)
         """What sidecars let the load of an instance be set by; another one each time."""
@@ -109,6 +109,7 @@ class ControlPlane:
         self._discovery = Discovery(self._wanted, self.authenticate, journal)
         self._changing = asyncio.Lock()
         self._intent_changed = asyncio.Event()
+        self._lifetime_changed = asyncio.Event()
         self._timers: list[asyncio.Task[None]] = []
         self._lease_ends: dict[str, tuple[str, float]] = {}  # service -> owner, on the monotonic clock
 
@@ -217,12 +218,10 @@ class ControlPlane:
                 return Effect(revision=before.revision, effective_ms=0, sidecars=0)
             new = self._render(self._mesh, after)
             await asyncio.to_thread(self._store.save, after)
-            self._intent, self._rendered = after, new
-            self._intent_changed.set()
+            self._take(after, new)
             outcome = await self._push()
             if outcome.nacks:
-                self._intent, self._rendered = before, rendered
-                self._intent_changed.set()
+                self._take(before, rendered)
                 await asyncio.to_thread(self._store.save, before)
                 await self._push()
                 raise _rejected(outcome.nacks)
@@ -276,7 +275,7 @@ class ControlPlane:
                 }
                 for instance in self._mesh.instances
             ],
-            "lifetime_s": self._settings.certificate_lifetime_s,
+            "lifetime_s": self._lifetime_s,
             "trusted_roots": self._authority.trust.count(b"BEGIN CERTIFICATE"),
             "replacing_root": self._authority.replacing_root,
         }
@@ -321,6 +320,20 @@ class ControlPlane:
 
     # -- inside -------------------------------------------------------------------------------------------
 
+    def _take(self, intent: Intent, rendered: Mapping[str, xds.Snapshot]) -> None:
+        """Make an intent the one in force; what it means for certificates shows in the next push."""
+        lifetime_s = self._lifetime_s
+        self._intent, self._rendered = intent, rendered
+        self._intent_changed.set()
+        if self._lifetime_s != lifetime_s:
+            self._identities.clear()
+            self._server_certificate = self._issue_server_certificate()
+            self._lifetime_changed.set()
+
+    @property
+    def _lifetime_s(self) -> float:
+        return self._intent.certificate_lifetime_s or self._settings.certificate_lifetime_s
+
     def _render(self, mesh: MeshState, intent: Intent) -> Mapping[str, xds.Snapshot]:
         try:
             return self._renderer.snapshots(mesh, intent, tap=self._tap)
@@ -346,7 +359,7 @@ class ControlPlane:
             certificate = self._authority.issue(
                 spiffe_id(self._mesh.mesh, self._mesh.namespace, instance.service),
                 self._clock(),
-                self._settings.certificate_lifetime_s,
+                self._lifetime_s,
             )
             secret = Secret(name="identity")
             secret.tls_certificate.certificate_chain.inline_bytes = certificate.chain
@@ -361,7 +374,7 @@ class ControlPlane:
         return xds.Bundle({"trust": xds.encode(xds.SECRETS, secret)})
 
     def _issue_server_certificate(self) -> Certificate:
-        return self._authority.issue_control_plane(self._clock(), self._settings.certificate_lifetime_s)
+        return self._authority.issue_control_plane(self._clock(), self._lifetime_s)
 
     async def _push(self) -> Outcome:
         return await self._discovery.push(self._settings.ack_timeout_s)
@@ -465,9 +478,13 @@ class ControlPlane:
 
     async def _renew_certificates(self) -> None:
         """Replace certificates when about two thirds of their lifetime are over."""
-        pause_s = min(30.0, self._settings.certificate_lifetime_s / 20)
         while True:
-            await asyncio.sleep(pause_s)
+            self._lifetime_changed.clear()
+            with contextlib.suppress(TimeoutError):
+                # A shorter lifetime must not be found out about at the end of a pause that is longer.
+                async with asyncio.timeout(min(30.0, self._lifetime_s / 20)):
+                    await self._lifetime_changed.wait()
+                continue
             now = self._clock()
             if self._server_certificate.renew_at <= now:
                 self._server_certificate = self._issue_server_certificate()
