@@ -400,10 +400,16 @@ def slice_of(service: str, port: int, *names: str, port_name: str = "") -> dict[
     }
 
 
-def k8s_service(service: str, address: str, port: int, **fields: Any) -> dict[str, Any]:
+def k8s_service(
+    service: str, address: str, port: int, *, selector: dict[str, str] | None = None, **fields: Any
+) -> dict[str, Any]:
     return {
         "metadata": {"name": service},
-        "spec": {"clusterIP": address, "ports": [{"port": port, **fields}]},
+        "spec": {
+            "clusterIP": address,
+            "ports": [{"port": port, **fields}],
+            "selector": {SERVICE: service} if selector is None else selector,
+        },
     }
 
 
@@ -422,24 +428,24 @@ def test_what_was_injected_is_found_without_an_app_file() -> None:
             slice_of("db", 5432, "db-0"), slice_of("elsewhere", 1, "not-meshed"),
         ],
         [
-            k8s_service("shop-front", "10.96.1.1", 80, name="http"), k8s_service("cart", "10.96.1.2", 9000, name="api", appProtocol="kubernetes.io/h2c"),
+            k8s_service("shop-front", "10.96.1.1", 80, name="http", selector={SERVICE: "shop"}), k8s_service("cart", "10.96.1.2", 9000, name="api", appProtocol="kubernetes.io/h2c"),
             k8s_service("db", "10.96.1.3", 5432), k8s_service("elsewhere", "10.96.1.4", 1), service("service-b", "10.96.0.2"),
         ],
     )  # fmt: skip
     services = found.app.services
-    assert set(services) == {"service-a", "service-b", "shop-front", "cart", "db", "bot"}
+    assert set(services) == {"service-a", "service-b", "shop-front", "cart", "db", "account-default"}
     assert (
         services["shop-front"].port,
         services["shop-front"].protocol,
         services["shop-front"].open_paths,
     ) == (8080, "http", {"/ready?x=1": ["GET"]})
-    assert [services[name].protocol for name in ("cart", "db", "bot")] == ["grpc", "tcp", "http"]
-    assert set(services["bot"].calls) == {"shop-front", "cart", "db"}
+    assert [services[name].protocol for name in ("cart", "db", "account-default")] == ["grpc", "tcp", "http"]
+    assert set(services["account-default"].calls) == {"shop-front", "cart", "db"}
     assert services["service-a"] == PAIR.services["service-a"]
     assert found.ports == {"shop-front": 80, "cart": 9000, "db": 5432}
     assert found.addresses["shop-front"] == "10.96.1.1"
     by_id = {one.id: one for one in found.instances}
-    assert set(by_id) == {"b-1", "shop-1", "shop-2", "cart-1", "db-0", "bot-1"}
+    assert set(by_id) == {"b-1", "shop-1", "shop-2", "cart-1", "db-0", "bot-1", "odd-1"}
     assert (by_id["shop-1"].service, by_id["shop-1"].version, by_id["shop-1"].inbound_port) == (
         "shop-front",
         "v-1-2-3",
@@ -448,6 +454,50 @@ def test_what_was_injected_is_found_without_an_app_file() -> None:
     assert by_id["shop-1"].ready
     assert by_id["bot-1"].ready is False  # nobody has said that it is
     assert declared(found.app) == PAIR
+
+
+def service_names(
+    pods: list[dict[str, Any]], slices: list[dict[str, Any]], services: list[dict[str, Any]]
+) -> dict[str, str]:
+    found = k8s.mesh_state("m", "n", PAIR, pods, slices, services)
+    return {one.id: one.service for one in found.instances}
+
+
+def test_a_pod_does_not_get_a_name_by_its_label() -> None:
+    """Who merely labels a pod so is neither a Service's pod nor another caller than its account is."""
+    shop = k8s_service("shop", "10.96.1.1", 80, selector={"app": "shop"})
+    real, fake, other = injected("shop-1", "shop"), injected("fake-1", "shop"), injected("bot-1", "bot")
+    real["metadata"]["labels"]["app"] = "shop"
+    worker = injected(
+        "worker-1", "x", account="shop"
+    )  # the account's name is a Service's: still no Service's pod
+    pods = [real, fake, other, worker]
+    assert service_names(pods, [slice_of("shop", 8080, "shop-1")], [shop]) == {
+        "shop-1": "shop",
+        "fake-1": "account-default",
+        "bot-1": "account-default",
+        "worker-1": "account-shop",
+    }
+    # An EndpointSlice that somebody wrote does not make a pod the Service's.
+    slices = [slice_of("shop", 8080, "shop-1", "fake-1")]
+    assert service_names(pods, slices, [shop])["fake-1"] == "account-default"
+    open_to_all = k8s_service("open", "10.96.1.2", 80, selector={})
+    assert service_names([fake], [slice_of("open", 1, "fake-1")], [open_to_all]) == {
+        "fake-1": "account-default"
+    }
+
+
+def test_a_pod_waits_for_its_services_name() -> None:
+    """It has no other identity for the moment until the EndpointSlice has it."""
+    pod, shop = injected("shop-1", "shop"), k8s_service("shop", "10.96.1.1", 80)
+    assert service_names([pod], [slice_of("shop", 8080)], [shop]) == {}
+    assert service_names([pod], [slice_of("shop", 8080, "shop-1")], [shop]) == {"shop-1": "shop"}
+
+
+def test_names_that_are_taken_or_none_are_no_callers() -> None:
+    taken, odd = injected("a-1", "a"), injected("b-9", "b", account="with.dots")
+    service = k8s_service("account-default", "10.96.1.1", 80, selector={"app": "else"})
+    assert service_names([taken, odd], [], [service]) == {}
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,21 @@ def test_a_change_is_kept_and_comes_back_after_a_restart(tmp_path: Path) -> None
     run(look, tmp_path)
 
 
+def test_an_instance_that_becomes_another_service_gets_its_identity(tmp_path: Path) -> None:
+    async def work(plane: ControlPlane, _: Any) -> None:
+        first = plane._identity(MESH.instances[0])
+        other = MESH.instances[0].model_copy(update={"service": "service-a"})
+        await plane.refresh(MESH.model_copy(update={"instances": (other, MESH.instances[1])}))
+        second = plane._identity(other)
+        assert first[0].chain != second[0].chain
+        (names,) = (
+            one["identity"] for one in (await plane.identities())["instances"] if one["instance"] == "b-1"
+        )
+        assert names.endswith("/sa/service-a")
+
+    run(work, tmp_path)
+
+
 def test_a_full_disk_fails_the_change_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,12 @@
 """Services that no app file declares: other people's pods that `inject` gave a sidecar.
 
 What an app file would say is told by the cluster: which pods a Service leads to (EndpointSlices), on which
-port, in which protocol, and which paths the kubelet probes. A pod that no Service leads to is in the mesh as
-a caller. Pure.
+port, in which protocol, and which paths the kubelet probes. Pure.
+
+A name is an identity here, so a pod does not get one by saying so: it is called like the Service that selects
+it (whoever may write Services has vouched for it), never like a label of ours. A pod that no Service leads to
+is in the mesh as a caller, under the name of its service account, which is what its token proves: all such
+pods of one account are one caller.
 
 The protocol is what the pods' annotation says, else the port's `appProtocol`, else the first word of its
 name. A port that nothing is said of speaks HTTP if the kubelet probes it by HTTP; looking into connections
@@ -47,6 +51,19 @@ def version_of(pod: Manifest) -> str:
     return name if _NAME.fullmatch(name) else f"v-{name}"[:40].strip("-") if name else "v1"
 
 
+def account_of(pod: Manifest) -> str:
+    """The service account that a pod runs under: what its token proves."""
+    return str(pod.get("spec", {}).get("serviceAccountName") or "default")
+
+
+def caller_of(account: str) -> str:
+    """What the pods of an account are called that no Service leads to.
+
+    Not like the account itself: that is often a Service's name, of which they would get the identity.
+    """
+    return f"account-{account}"
+
+
 def declared(app: App) -> App:
     """An app without what was only discovered."""
     ours = {
@@ -71,26 +88,37 @@ def discover(
     found: dict[str, Service] = {}
     service_of: dict[str, str] = {}
     ports: dict[str, int] = {}
+    waiting: set[str] = set()
     slices = list(slices)
-    for one in sorted(services, key=lambda one: str(one["metadata"]["name"])):
+    services = sorted(services, key=lambda one: str(one["metadata"]["name"]))
+    for one in services:
         name = one["metadata"]["name"]
         wanted = (one["spec"].get("ports") or [None])[0]
         if name in app.services or not _NAME.fullmatch(name) or wanted is None:
             continue
         members, target = _behind(name, wanted, slices)
-        members = [pod for pod in members if pod in unclaimed and pod not in service_of]
+        selected = {pod for pod, manifest in unclaimed.items() if _selects(one, manifest)}
+        # Those get their name in a moment, and no other before.
+        waiting |= selected - set(members)
+        members = [pod for pod in members if pod in selected and pod not in service_of]
         if not members or target is None:
             continue
         service_of.update(dict.fromkeys(members, name))
         behind = [unclaimed[pod] for pod in members]
         found[name] = _service(target, _protocol(wanted, target, behind), behind)
         ports[name] = wanted["port"]
+    taken = {*app.services, *(str(one["metadata"]["name"]) for one in services)}
+    callers: dict[str, list[Manifest]] = {}
     for pod_name, pod in unclaimed.items():
-        label = pod["metadata"]["labels"].get(SERVICE, "")
-        if pod_name not in service_of and _NAME.fullmatch(label):
-            service_of[pod_name] = label
-            if label not in found:
-                found[label] = _service(_NOBODYS_PORT, "http", [pod])
+        if pod_name in service_of or pod_name in waiting:
+            continue
+        name = caller_of(account_of(pod))
+        # What a Service is called is no caller's, too. An account whose name is none of ours is left out:
+        # made into one, it could be another account's.
+        if name not in taken and _NAME.fullmatch(name):
+            service_of[pod_name] = name
+            callers.setdefault(name, []).append(pod)
+    found |= {name: _service(_NOBODYS_PORT, "http", of) for name, of in callers.items()}
     # Who calls whom is not written down anywhere, so they may all call each other.
     names = [*found]
     open_to_each_other = {
@@ -99,6 +127,13 @@ def discover(
     }
     whole = app.model_copy(update={"services": {**app.services, **open_to_each_other}})
     return Discovered(whole, service_of, ports)
+
+
+def _selects(service: Manifest, pod: Manifest) -> bool:
+    """Does a Service itself select a pod? One without a selector leads to wherever its EndpointSlices, which
+    others may write, say."""
+    selector = service["spec"].get("selector") or {}
+    return bool(selector) and selector.items() <= pod["metadata"].get("labels", {}).items()
 
 
 def _behind(name: str, wanted: Mapping[str, Any], slices: Sequence[Manifest]) -> tuple[list[str], int | None]:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from meshdemo.apps.model import GATEWAY, App
 from meshdemo.control import ingress
-from meshdemo.control.discovered import discover, version_of
+from meshdemo.control.discovered import account_of, discover, version_of
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.files import write_atomic
@@ -183,7 +183,7 @@ def mesh_state(
     services = list(services)
     at_the_edge, pods = _parted(pods)
     whole = discover(app, pods, slices, services)
-    app = whole.app
+    ours, app = app.services, whole.app
     addresses = {
         one["metadata"]["name"]: one["spec"]["clusterIP"]
         for one in services
@@ -192,7 +192,9 @@ def mesh_state(
     instances = []
     for pod in sorted(pods, key=_key):
         meta, labels = pod["metadata"], pod["metadata"].get("labels", {})
-        name = whole.service_of.get(meta["name"], labels.get(SERVICE, ""))
+        label = labels.get(SERVICE, "")
+        # The label names a service of the app alone: for that the pod's token must be of its account.
+        name = label if label in ours else whole.service_of.get(meta["name"], "")
         service = app.services.get(name)
         if service is None or pod.get("status", {}).get("phase") in _OVER:
             continue
@@ -344,7 +346,7 @@ class Source:
         app = app_of(self._spec.objects)
         if instance.service == GATEWAY or (app is not None and instance.service in app.services):
             return instance.service
-        return str(pod["spec"].get("serviceAccountName") or "default")
+        return account_of(pod)
 
     def pod(self, name: str) -> Manifest | None:
         """The pod of this name."""

@@ -241,7 +241,11 @@ class ControlPlane:
             rendered = self._render(mesh, intent)
             if intent is not self._intent:
                 await asyncio.to_thread(self._store.save, intent)
+            was = {instance.id: instance.service for instance in self._mesh.sidecars}
             self._mesh, self._intent, self._rendered = mesh, intent, rendered
+            for instance in mesh.sidecars:
+                if was.get(instance.id, instance.service) != instance.service:
+                    self._identities.pop(instance.id, None)  # somebody else's now
             there = {instance.id for instance in mesh.sidecars}
             for gone in set(self._identities) - there:
                 del self._identities[gone]
