@@ -487,6 +487,14 @@ def test_a_pod_does_not_get_a_name_by_its_label() -> None:
     }
 
 
+def test_a_pod_that_the_gateways_service_selects_is_no_gateway() -> None:
+    edge = k8s_service("gateway", "10.96.1.1", 80, selector={"app.kubernetes.io/component": "gateway"})
+    pod = injected("fake-1", "shop")
+    pod["metadata"]["labels"]["app.kubernetes.io/component"] = "gateway"
+    slices = [slice_of("gateway", 8080, "fake-1")]
+    assert service_names([pod], slices, [edge]) == {"fake-1": "account-default"}
+
+
 def test_a_pod_waits_for_its_services_name() -> None:
     """It has no other identity for the moment until the EndpointSlice has it."""
     pod, shop = injected("shop-1", "shop"), k8s_service("shop", "10.96.1.1", 80)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from meshdemo.apps.model import App, Protocol, Service, Workload
+from meshdemo.apps.model import GATEWAY, App, Protocol, Service, Workload
 from meshdemo.kube import Manifest
 from meshdemo.names import PROTOCOL, PROTOCOLS, SERVICE, TOLD_PROTOCOL, VERSION
 
@@ -89,12 +89,13 @@ def discover(
     service_of: dict[str, str] = {}
     ports: dict[str, int] = {}
     waiting: set[str] = set()
+    taken = {*app.services, GATEWAY}  # the mesh's own
     slices = list(slices)
     services = sorted(services, key=lambda one: str(one["metadata"]["name"]))
     for one in services:
         name = one["metadata"]["name"]
         wanted = (one["spec"].get("ports") or [None])[0]
-        if name in app.services or not _NAME.fullmatch(name) or wanted is None:
+        if name in taken or not _NAME.fullmatch(name) or wanted is None:
             continue
         members, target = _behind(name, wanted, slices)
         selected = {pod for pod, manifest in unclaimed.items() if _selects(one, manifest)}
@@ -107,7 +108,7 @@ def discover(
         behind = [unclaimed[pod] for pod in members]
         found[name] = _service(target, _protocol(wanted, target, behind), behind)
         ports[name] = wanted["port"]
-    taken = {*app.services, *(str(one["metadata"]["name"]) for one in services)}
+    taken |= {str(one["metadata"]["name"]) for one in services}
     callers: dict[str, list[Manifest]] = {}
     for pod_name, pod in unclaimed.items():
         if pod_name in service_of or pod_name in waiting:
