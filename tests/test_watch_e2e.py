@@ -241,11 +241,12 @@ def test_signals_are_recorded_and_policies_tested_on_them(calm: Cli, tmp_path: P
     signals = tmp_path / "signals.jsonl"
     with watching(calm, "--dry-run", "--record", str(signals)) as watch:
         calm.run("fault", "--err", "0.7", "--instance", B2, "--at", "mesh")
-        watch.until("chosen")
+        chosen = watch.until("chosen")
         watch.until("signals", service="service-b")
         assert watch.stop() == 0
     decided = calm.json("policy", "test", str(calm.home / "policy.yaml"), "--signals", str(signals))
-    assert [one["target"] for one in decided if one["event"] == "chosen"][:1] == [B2]
+    first = next(one for one in decided if one["event"] == "chosen")
+    assert (first["target"], first["remedy"]) == (chosen["target"], chosen["remedy"])
 
 
 def test_watch_needs_a_mesh(tmp_path: Path) -> None:
