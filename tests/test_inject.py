@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -636,15 +636,18 @@ def test_a_thousand_documents_take_less_than_2_s_and_200_mb(tmp_path: Path) -> N
     )
     seconds = []
     for _ in range(3):  # processor time: the machine may be busy with something else
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = meshdemo("inject", str(tmp_path / "many.yaml"))
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.stdout.count(b"- name: meshdemo-sidecar") == 1000
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        with (tmp_path / "injected.yaml").open("wb") as out:
+            command = [sys.executable, "-m", "meshdemo", "inject", str(tmp_path / "many.yaml")]
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
+            _, status, used = os.wait4(process.pid, 0)  # of this one alone, not of all children
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        assert (tmp_path / "injected.yaml").read_bytes().count(b"- name: meshdemo-sidecar") == 1000
+        assert used.ru_maxrss < 200_000  # kB
+        seconds.append(used.ru_utime + used.ru_stime)
         if min(seconds) < 2:
             break
     assert min(seconds) < 2, seconds
-    assert after.ru_maxrss < 200_000  # kB, of the largest child so far
 
 
 def test_what_is_refused_is_passed_on_and_said() -> None:

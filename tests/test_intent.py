@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xds_harness import pair
 
-from meshdemo.control import files
+from meshdemo import files
 from meshdemo.control.intent import (
     IntentStore,
     access,

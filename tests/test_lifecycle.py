@@ -98,7 +98,6 @@ def test_another_app_under_this_name_is_refused(mesh: Cli, tmp_path: Path) -> No
         (["--app", "nowhere.yaml"], "neither a built-in one nor a file"),
         (["--timeout", "0"], "more than zero"),
         (["--timeout", "inf"], "more than zero and at most a day"),
-        (["--replicas", "service-b=0"], "needs at least 1"),
     ],
 )
 def test_bad_input_changes_nothing(mesh: Cli, arguments: list[str], words: str) -> None:

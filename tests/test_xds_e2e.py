@@ -133,11 +133,14 @@ def test_bad_input_changes_nothing(mesh: Mesh) -> None:
 def test_a_rejection_names_the_sidecar_and_the_intent_before_comes_back(tmp_path: Path) -> None:
     templates = tmp_path / "envoy"
     shutil.copytree(TEMPLATES / "envoy", templates)
-    host = templates / "virtual_host.yaml.j2"
+    macros = templates / "macros.yaml.j2"
     # Seven retries are something that Envoy will not take, in these templates.
-    host.write_text(
-        host.read_text().replace(
-            "base_interval: 0.005s", "base_interval: {{ 0 if traffic.retries == 7 else 0.01 }}s"
+    took = "base_interval: 0.025s"
+    assert took in macros.read_text()
+    macros.write_text(
+        macros.read_text().replace(
+            f'"{{{took}, max_interval: 1s}}" if',
+            f'"{{base_interval: 0s, max_interval: 1s}}" if traffic.retries == 7 else "{{{took}, max_interval: 1s}}" if',
         )
     )
     with mesh_of(pair(), Settings(templates=templates)) as mesh:
