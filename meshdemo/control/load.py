@@ -45,6 +45,7 @@ class LoadKeeper:
 
     def _run(self) -> None:
         pause = threading.Event()
+        said: list[str] = []
         while not pause.wait(self._every_s):
             rate = self._mesh.intent.load_rps
             if rate is None:
@@ -54,7 +55,9 @@ class LoadKeeper:
             except RuntimeError:
                 return  # the process is ending: nothing can be started any more
             for trouble in troubles:
-                log.warning("%s", trouble)
+                if trouble not in said:  # once, not every second that it lasts
+                    log.warning("%s", trouble)
+            said = troubles
 
     def set(self, rps: float) -> dict[str, Any]:
         """Ask for another rate: in the intent, and of every instance that is ready.
