@@ -97,7 +97,7 @@ def test_what_was_measured_before_an_interruption_is_not_lost(folder: Path) -> N
     wait_for("the first suite's page", lambda: "<svg" in page.read_text(), 180.0)
     bench.send_signal(signal.SIGINT)
     out, err = bench.communicate(timeout=DEADLINE_S)
-    assert bench.returncode == 130, err
+    assert bench.returncode in (130, -signal.SIGINT), err
     assert [suite["suite"] for suite in json.loads(out)["suites"]] == ["fault"]
     assert "<svg" in page.read_text()
 

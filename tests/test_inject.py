@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -629,6 +628,15 @@ def test_a_namespace_that_is_not_the_mesh_s_is_told() -> None:
     assert b"namespace" not in meshdemo("--name", "shop", "inject", "-", stdin=text).stderr
 
 
+# A process counts as big as the one that forked it was, so that must be a small one.
+MEASURED = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL, check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)
+"""
+
+
 def test_a_thousand_documents_take_less_than_2_s_and_200_mb(tmp_path: Path) -> None:
     document = SHAPES["plain deployment with comments"]
     (tmp_path / "many.yaml").write_text(
@@ -637,14 +645,14 @@ def test_a_thousand_documents_take_less_than_2_s_and_200_mb(tmp_path: Path) -> N
     seconds = []
     for _ in range(3):  # processor time: the machine may be busy with something else
         with (tmp_path / "injected.yaml").open("wb") as out:
-            command = [sys.executable, "-m", "meshdemo", "inject", str(tmp_path / "many.yaml")]
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
-            _, status, used = os.wait4(process.pid, 0)  # of this one alone, not of all children
-            process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
+            command = [sys.executable, "-c", MEASURED, sys.executable, "-m", "meshdemo", "inject"]
+            done = subprocess.run(
+                [*command, str(tmp_path / "many.yaml")], stdout=out, stderr=subprocess.PIPE, check=True
+            )
+        cpu_s, peak_kb = map(float, done.stderr.split()[-2:])
         assert (tmp_path / "injected.yaml").read_bytes().count(b"- name: meshdemo-sidecar") == 1000
-        assert used.ru_maxrss < 200_000  # kB
-        seconds.append(used.ru_utime + used.ru_stime)
+        assert peak_kb < 200_000
+        seconds.append(cpu_s)
         if min(seconds) < 2:
             break
     assert min(seconds) < 2, seconds

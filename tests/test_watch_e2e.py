@@ -98,6 +98,12 @@ def _mend(mesh: Cli) -> None:
     client(mesh).set_traffic("service-b", {"split": None})
     wait_for("a ready mesh", mesh.all_ready)
 
+    def well() -> bool:
+        row = client(mesh).signals(service="service-b", window_s=2)[0]
+        return row["success_rate"] == 1 and not row["overdue"]
+
+    wait_for("requests to be answered well", well)
+
 
 def client(mesh: Cli) -> ControlClient:
     return runtime(mesh).control()
