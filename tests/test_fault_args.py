@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshdemo import limits
 from meshdemo.apps.model import App
 from meshdemo.cli import _values
 from meshdemo.control.model import Instance
@@ -121,10 +122,10 @@ def test_a_request_makes_sense_or_is_refused_on_one_line(asked: dict[str, Any]) 
     except BadInput as error:
         assert one_line(error)
         return
-    assert made.lat_ms is None or 0 <= made.lat_ms <= faults.MAX_LATENCY_MS
+    assert made.lat_ms is None or 0 <= made.lat_ms <= limits.MAX_LATENCY_MS
     assert made.err_rate is None or 0 <= made.err_rate <= 1
     assert 0 <= made.share <= 1
-    assert made.for_s is None or 0 < made.for_s <= faults.MAX_DURATION_S
+    assert made.for_s is None or 0 < made.for_s <= limits.MAX_FAULT_S
     assert not made.err_rate or made.err_rate >= faults.MIN_SHARE
     if made.at != "mesh":
         assert made.route is None
@@ -140,7 +141,7 @@ def test_a_request_makes_sense_or_is_refused_on_one_line(asked: dict[str, Any]) 
 
 
 @given(
-    lat_ms=st.none() | st.floats(0.1, faults.MAX_LATENCY_MS),
+    lat_ms=st.none() | st.floats(0.1, limits.MAX_LATENCY_MS),
     err_rate=st.none() | st.floats(0.001, 1),
     share=st.none() | st.floats(0.01, 1),
     for_s=st.none() | st.floats(0.001, 1e6),

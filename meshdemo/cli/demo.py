@@ -24,6 +24,7 @@ import typer
 
 from meshdemo.cli import _context, _values
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
+from meshdemo.limits import MAX_RPS
 
 if TYPE_CHECKING:
     from meshdemo.control.client import SignalRow
@@ -52,7 +53,7 @@ def command(
     """The whole story in about a minute: up, load, fault, detection, healing, report, down."""
     from meshdemo.runtime.select import choose
 
-    _values.number(rps, "--rps", 20, 100_000, "requests/s")
+    _values.number(rps, "--rps", 20, MAX_RPS, "requests/s")
     context = _context.of(ctx)
     where, _ = choose(runtime, context.name)
     ran_before = _runs(where)

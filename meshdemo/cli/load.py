@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from meshdemo.cli import _context, _values
-
-MAX_RPS = 100_000
+from meshdemo.limits import MAX_RPS
 
 
 def command(

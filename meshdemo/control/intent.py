@@ -22,12 +22,11 @@ from meshdemo.control import gateway
 from meshdemo.control.model import Ejection, Fault, Instance, Intent, MeshState, SplitLease, Traffic
 from meshdemo.errors import BadInput, Failed
 from meshdemo.files import write_atomic
+from meshdemo.limits import MAX_FAULT_S, MAX_LATENCY_MS, MAX_RPS
 
-MAX_LATENCY_MS = 3_600_000.0
 MAX_TIMEOUT_MS = 3_600_000
 MAX_RETRIES = 10
 MAX_LIMIT = 1_000_000
-MAX_RPS = 100_000.0
 # Certificates are renewed after two thirds of their lifetime: a third of the shortest must be enough for that
 # on a busy machine. Nothing needs longer ones than a year; the root lives ten.
 MIN_CERTIFICATE_S, MAX_CERTIFICATE_S = 10.0, 365 * 86_400.0
@@ -80,7 +79,7 @@ def new_fault(request: Mapping[str, Any], mesh: MeshState, now: float) -> Fault:
         )
     for_s = request.get("for_s")
     if for_s is not None:
-        for_s = _number("duration", for_s, 0, 365 * 86_400, "seconds")
+        for_s = _number("duration", for_s, 0, MAX_FAULT_S, "seconds")
         if for_s == 0:
             raise BadInput("duration 0 would end before it began", "give seconds above 0, or leave it out")
     started_at = _number("started_at", request.get("started_at", now), 0, 1e11)

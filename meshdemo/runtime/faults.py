@@ -20,15 +20,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from meshdemo.errors import BadInput, MeshdemoError
+from meshdemo.limits import MAX_FAULT_S, MAX_LATENCY_MS
 
 if TYPE_CHECKING:
     from meshdemo.apps.model import App
     from meshdemo.control.model import Fault, Instance
     from meshdemo.runtime.base import Runtime
 
-MAX_LATENCY_MS = 3_600_000.0  # as the control plane has it, and so the two below
 MIN_SHARE = 1e-6  # Envoy counts in millionths
-MAX_DURATION_S = 365 * 86_400.0
 DEFAULT_SERVICE = "service-b"
 LATENCY_VARIABLE = "LAT_MS"
 ERROR_VARIABLE = "ERR_RATE"
@@ -102,7 +101,7 @@ def request(
     for option, value in (("--err", err_rate), ("--share", share)):
         if value and value < MIN_SHARE:
             raise BadInput(f"{option} {value:g}: the least share above 0 is {MIN_SHARE:f}, one in a million")
-    if for_s is not None and not 0 < for_s <= MAX_DURATION_S:
+    if for_s is not None and not 0 < for_s <= MAX_FAULT_S:
         raise BadInput(f"--for {for_s:g} s: a duration is more than 0 s and at most 365 days")
     if route is not None and not route.startswith("/"):
         raise BadInput(f"--route {route!r}: a route is a path prefix that starts with '/'")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from meshdemo.apps.model import App, Workload
 from meshdemo.control.model import WorkloadRevision
 from meshdemo.errors import BadInput, Failed
+from meshdemo.limits import MAX_RPS
 from meshdemo.runtime.base import UpOptions
 
 MAX_INSTANCES = 1000
@@ -280,8 +281,8 @@ def _check_there(app: App, workloads: Iterable[WorkloadSpec], services: Iterable
 
 def check_rps(app: App, rps: float) -> None:
     """Raises BadInput if nothing in the app makes load, or the rate makes no sense."""
-    if not 0 <= rps <= 100_000:
-        raise BadInput(f"a load of {rps:g} requests/s: allowed is 0 to 100000")
+    if not 0 <= rps <= MAX_RPS:
+        raise BadInput(f"a load of {rps:g} requests/s: allowed is 0 to {MAX_RPS:.0f}")
     if not any(service.load for service in app.services.values()):
         raise BadInput(f"no service of the app '{app.name}' makes load", "one with `load: true` would")
 
