@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meshdemo.control.objectives import Standings
@@ -125,22 +125,25 @@ class Totals:
                     series_of = (service, version, caller)
                     outliers[series_of] = max(n, outliers.get(series_of, 0))
 
-        total = CounterMetricFamily(
-            "meshdemo_requests",
+        def counter(
+            name: str, words: str, labels: Sequence[str], rows: Iterable[tuple[Sequence[str], float]]
+        ) -> Metric:
+            family = CounterMetricFamily(f"meshdemo_{name}", words, labels=labels)
+            for values, n in rows:
+                family.add_metric(values, n)
+            return family
+
+        yield counter(
+            "requests",
             "Requests that a service answered, by response code.",
-            labels=(*_LABELS, "code"),
+            (*_LABELS, "code"),
+            requests.items(),
         )
-        for key, n in requests.items():
-            total.add_metric(key, n)
-        yield total
         for name, words, counts in (
             ("failures", "Requests that failed: 5xx, gRPC error status, reset, timeout.", failures),
             ("denied", "Requests that access rules refused.", denied),
         ):
-            family = CounterMetricFamily(f"meshdemo_request_{name}", words, labels=_LABELS)
-            for series, n in counts.items():
-                family.add_metric(series, n)
-            yield family
+            yield counter(f"request_{name}", words, _LABELS, counts.items())
         gauge = GaugeMetricFamily(
             "meshdemo_outlier_ejected_instances",
             "Instances that the outlier detection of a caller keeps out of its load balancing.",
@@ -149,29 +152,23 @@ class Totals:
         for labels_of, n in outliers.items():
             gauge.add_metric(labels_of, n)
         yield gauge
-        family = CounterMetricFamily(
-            "meshdemo_mirrored_requests",
+        yield counter(
+            "mirrored_requests",
             "Copies of requests that a version answered to nobody.",
-            labels=("service", "version"),
+            ("service", "version"),
+            mirrored.items(),
         )
-        for workload, n in mirrored.items():
-            family.add_metric(workload, n)
-        yield family
-        opened = CounterMetricFamily(
-            "meshdemo_tcp_connections",
+        yield counter(
+            "tcp_connections",
             "Connections to a service that is not HTTP.",
-            labels=("service", "version", "caller"),
+            ("service", "version", "caller"),
+            connections.items(),
         )
-        for who, n in connections.items():
-            opened.add_metric(who, n)
-        yield opened
         for position, (name, words) in enumerate(
             (("received", "Bytes that callers of such a service sent."), ("sent", "Bytes that they got."))
         ):
-            family = CounterMetricFamily(f"meshdemo_tcp_{name}_bytes", words, labels=("service", "version"))
-            for workload, both in carried.items():
-                family.add_metric(workload, both[position])
-            yield family
+            rows = [(workload, both[position]) for workload, both in carried.items()]
+            yield counter(f"tcp_{name}_bytes", words, ("service", "version"), rows)
         for position, (name, words) in enumerate(
             (
                 ("requests", "Requests as callers see them: retries of one count once."),
@@ -179,10 +176,8 @@ class Totals:
                 ("request_refused", "Requests that a circuit breaker refused; they are failures too."),
             )
         ):
-            family = CounterMetricFamily(f"meshdemo_client_{name}", words, labels=("service", "caller"))
-            for key, counted in client.items():
-                family.add_metric(key, counted[position])
-            yield family
+            rows = [(key, counted[position]) for key, counted in client.items()]
+            yield counter(f"client_{name}", words, ("service", "caller"), rows)
         for name, words, labels, histograms in (
             (
                 "meshdemo_request_duration_seconds",
@@ -202,14 +197,11 @@ class Totals:
                 duration.add_metric(scope, _buckets(by_index), sum_value=_sum_s(by_index))
             yield duration
         for event, name, label, words in (
-            ("acted", "meshdemo_remedies", "remedy", "Remedies that watch tried."),
-            ("violated", "meshdemo_violations", "objective", "Objectives that watch found violated."),
+            ("acted", "remedies", "remedy", "Remedies that watch tried."),
+            ("violated", "violations", "objective", "Objectives that watch found violated."),
         ):
-            family = CounterMetricFamily(name, words, labels=("service", label))
-            for (kind, service, what), n in events.items():
-                if kind == event:
-                    family.add_metric((service, what), n)
-            yield family
+            said = [((service, what), n) for (kind, service, what), n in events.items() if kind == event]
+            yield counter(name, words, ("service", label), said)
         budget = GaugeMetricFamily(
             "meshdemo_objective_error_budget",
             "Share of an objective's error budget that is left, by the watch that runs; below 0: overspent.",

@@ -123,6 +123,9 @@ class _Sum:
     connections: int = 0
     received: int = 0
     sent: int = 0
+    codes: dict[str, int] = field(default_factory=dict)
+    latency: dict[int, int] = field(default_factory=dict)
+    failed_latency: dict[int, int] = field(default_factory=dict)
 
     def connect(self, kind: _Kind, n: int) -> None:
         """Take in n connections."""
@@ -130,10 +133,6 @@ class _Sum:
         if kind.identity:
             self.identity = kind.identity
             self.secured += n
-
-    codes: dict[str, int] = field(default_factory=dict)
-    latency: dict[int, int] = field(default_factory=dict)
-    failed_latency: dict[int, int] = field(default_factory=dict)
 
     def count(self, kind: _Kind, n: int) -> None:
         """Take in n requests."""
