@@ -65,20 +65,12 @@ def until(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE_S)
 class Mesh(Cli):
     """A mesh in a cluster: the command line, and what a test looks at past it."""
 
+    deadline_s = DEADLINE_S
+
     def __init__(self, home: Path, name: str, user_config: Path) -> None:
         super().__init__(home, name)
         self.env["KUBECONFIG"] = str(user_config)
         self.env.pop("CI", None)
-
-    def run(self, *arguments: str, status: int | None = 0, **env: str) -> str:
-        process = self.start(*arguments, **env)
-        try:
-            out, err = process.communicate(timeout=DEADLINE_S * 2)
-        except BaseException:
-            process.kill()
-            raise
-        assert status is None or process.returncode == status, (arguments, process.returncode, out, err)
-        return out if process.returncode == 0 else err
 
     @property
     def runtime(self) -> KubernetesRuntime:

@@ -44,6 +44,8 @@ def wait_for(what: str, condition: Callable[[], T], deadline_s: float = DEADLINE
 class Cli:
     """The command line, with a home and a mesh of its own."""
 
+    deadline_s = DEADLINE_S
+
     def __init__(self, home: Path, name: str = "mesh-demo") -> None:
         self.home = home.resolve()
         self.name = name
@@ -61,7 +63,7 @@ class Cli:
         """stdout of a command that ends with this status (None: any), or stderr of one that fails."""
         process = self.start(*arguments, **env)
         try:
-            out, err = process.communicate(timeout=DEADLINE_S * 2)
+            out, err = process.communicate(timeout=self.deadline_s * 2)
         except BaseException:
             process.kill()
             raise
