@@ -44,8 +44,9 @@ from meshdemo.runtime.local.leftovers import MARK
 from meshdemo.runtime.local.paths import MeshPaths
 from meshdemo.runtime.local.ports import LOOPBACK, Port
 from meshdemo.runtime.local.probe import answers
+from meshdemo.runtime.local.sidecar import Sidecar
 from meshdemo.runtime.local.spec import MeshSpec, WorkloadSpec
-from meshdemo.runtime.local.unit import STOP_GRACE_S, Run, Sidecar, Unit
+from meshdemo.runtime.local.unit import STOP_GRACE_S, Run, Unit
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ class Supervisor:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s", error, exc_info=error)
 
-    # -- what instances need (unit.Surroundings) -----------------------------------------------------------
+    # -- what instances need (sidecar.Surroundings) ----------------------------------------------------------
 
     def changed(self) -> None:
         """An instance became ready, died, or got another port."""

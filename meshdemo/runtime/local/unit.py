@@ -9,71 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
-from meshdemo.apps.model import Service, Workload
+from meshdemo.apps.model import Workload
 from meshdemo.control.model import Instance
-from meshdemo.files import write_atomic
-from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Reaper
-from meshdemo.runtime.local.paths import MeshPaths
+from meshdemo.runtime.local import sidecar
+from meshdemo.runtime.local.keeper import BoundedLog, Keeper, Plan
 from meshdemo.runtime.local.ports import LOOPBACK, Port
-from meshdemo.runtime.local.probe import ask, listening, serves
+from meshdemo.runtime.local.probe import ask, serves
+from meshdemo.runtime.local.sidecar import Surroundings
 
 STOP_GRACE_S = 10.0  # a workload told to end may take so long to answer what it was asked
 _DRAIN_S = 10.0
 _SETTLE_S = 0.1  # sidecars confirm a change a little before their workers act on it
-# Looks before a sidecar that is live without its listeners is thought to lack a port.
-LISTENERS_PATIENCE = 20
-
-
-class Sidecar(Protocol):
-    """What is to be known of a sidecar to start it."""
-
-    folder: Path
-
-    @property
-    def admin(self) -> Path:
-        """Its admin endpoint."""
-
-    def instance(self) -> Instance:
-        """What the control plane is told of it."""
-
-
-class Surroundings(Protocol):
-    """What an instance needs of its supervisor."""
-
-    paths: MeshPaths
-    reaper: Reaper
-    changes: Changes
-    gate: asyncio.Semaphore
-    environ: Mapping[str, str]
-
-    def changed(self) -> None:
-        """Something about an instance has changed."""
-
-    def died(self, name: str, how: str) -> None:
-        """A process has ended without having been told to."""
-
-    def sidecar_command(self, of: Sidecar) -> list[str]:
-        """Write the files that a sidecar is started with; its command line. Raises OSError."""
-
-    def service(self, name: str) -> Service:
-        """What the app file says of a service."""
-
-    def extra_env(self, service: str, env: Mapping[str, str]) -> Mapping[str, str]:
-        """Variables that are no part of a revision (the load that was asked for), on top of its `env`."""
-
-    def cwd(self) -> str:
-        """Where commands run."""
 
 
 @dataclass(slots=True)
@@ -101,17 +56,11 @@ class Unit:
         self.token = secrets.token_urlsafe(32)
         self.run: Run | None = None
         self._around = around
-        self._blind = 0  # times that the sidecar was seen live without its listeners
         self.folder = around.paths.instance(instance)
-        self.sidecar = Keeper(
-            f"sidecar of {instance}",
-            self._sidecar_plan,
-            output=BoundedLog(around.paths.logs / f"{instance}.sidecar.log"),
-            reaper=around.reaper,
-            probe=self._sidecar_ready,
-            changed=around.changed,
-            died=around.died,
-        )
+        self.sidecar = sidecar.keep(
+            around, self, name=f"sidecar of {instance}", log=f"{instance}.sidecar",
+            ports=self._ports, renewed=self._renewed,
+        )  # fmt: skip
 
     @property
     def key(self) -> str:
@@ -156,8 +105,7 @@ class Unit:
 
     def prepare(self) -> None:
         """Write the token. Raises OSError."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(self.folder / "token", self.token)
+        sidecar.prepare(self)
 
     def start(self, program: Workload, revision: int, env: Mapping[str, str]) -> None:
         """Start the workload; the sidecar is started on its own, once the control plane can be spoken to."""
@@ -169,11 +117,7 @@ class Unit:
         if self.run is not None:
             await self.run.keeper.stop(grace_s)
             self.run.port.release()
-        await self.sidecar.stop(min(grace_s, 1.0))
-        for port in (self.inbound, self.outbound, self.metrics):
-            port.release()
-        self.admin.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        await sidecar.remove(self, self.sidecar, self._ports(), grace_s)
 
     async def drain(self) -> None:
         """Wait until the sidecar has answered what it was asked; callers have been told to stay away."""
@@ -284,32 +228,13 @@ class Unit:
 
     # -- the sidecar ---------------------------------------------------------------------------------------
 
-    def _sidecar_plan(self) -> Plan:
-        self._blind = 0
-        # Envoy does not take over a socket that one killed before it has left.
-        self.admin.unlink(missing_ok=True)
-        return Plan(command=self._around.sidecar_command(self), env=self._around.environ, cwd="/")
+    def _ports(self) -> Sequence[Port]:
+        """Where its sidecar listens."""
+        return (self.inbound, self.outbound, self.metrics)
 
-    async def _sidecar_ready(self) -> bool:
-        """Whether it is configured and listens."""
-        ports = await listening(self.admin)
-        if ports is None:
-            return False
-        missing = [p for p in (self.inbound, self.outbound, self.metrics) if p.number not in ports]
-        if missing:
-            self._blind += 1
-            if self._blind % LISTENERS_PATIENCE == 0:
-                self._renew_lost(missing)
-        return not missing
-
-    def _renew_lost(self, missing: list[Port]) -> None:
-        lost = [port for port in missing if port.lost()]
-        for port in lost:
-            port.renew()
-        if self.outbound in lost and self.run is not None:
+    def _renewed(self, ports: Sequence[Port]) -> None:
+        if self.outbound in ports and self.run is not None:
             self.run.keeper.replace()  # it was told the old number
-        if lost:
-            self._around.changed()
 
 
 def _connected(run: Run) -> bool:
