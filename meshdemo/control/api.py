@@ -20,6 +20,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar, cast
 
@@ -149,7 +150,7 @@ class Control:
         """Do this on the control plane's loop and wait for it.
 
         Raises:
-            Failed: it took too long; it may still come into force.
+            Failed: it took too long, and may still come into force; or the control plane is stopping.
         """
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -159,6 +160,8 @@ class Control:
                 f"the control plane did not finish within {_CALL_TIMEOUT_S:g} s",
                 "`meshdemo status` names the sidecars that do not answer",
             ) from None
+        except CancelledError:  # the loop is being ended under it
+            raise Failed("the control plane is stopping", "ask again when it is back") from None
 
     def change(self, change: Change) -> Effect:
         """Change the intent; returns when it is in force."""
