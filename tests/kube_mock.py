@@ -124,5 +124,36 @@ class Refusal:
         }  # fmt: skip
 
 
+class Stored:
+    """A ConfigMap (or Secret) with the optimistic concurrency of the real thing."""
+
+    def __init__(self, server: ApiServer, name: str, *, secret: bool = False) -> None:
+        self.object: dict[str, Any] = {"metadata": {"name": name, "resourceVersion": "1"}}
+        self.writes = 0
+        self.refusal: Refusal | None = None  # what a write is answered with instead of being done
+        path = f"/api/v1/namespaces/n/{'secrets' if secret else 'configmaps'}/{name}"
+        server.answer(f"get {path}", lambda: self.object)
+        server.answer(f"patch {path}", self.patch)
+
+    def patch(self, request: kmock.Request) -> Any:
+        if self.refusal is not None:
+            return self.refusal
+        body = request.data
+        expected = body.get("metadata", {}).get("resourceVersion")
+        if expected is not None and expected != self.object["metadata"]["resourceVersion"]:
+            return Refusal(409, "Conflict", "the object has been modified")
+        self.write({key: value for key, value in body.items() if key != "metadata"})
+        return self.object
+
+    def write(self, changes: dict[str, Any]) -> None:
+        self.writes += 1
+        version = str(int(self.object["metadata"]["resourceVersion"]) + 1)
+        merged = {**self.object, "metadata": {**self.object["metadata"], "resourceVersion": version}}
+        for field, values in changes.items():
+            both = {**merged.get(field, {}), **values}
+            merged[field] = {key: value for key, value in both.items() if value is not None}
+        self.object = merged
+
+
 FOREVER = (b"", lambda: asyncio.sleep(3600))
 """A watch to which nothing comes."""

@@ -44,7 +44,7 @@ def test_a_certificate_says_who_and_for_how_long(tmp_path: Path) -> None:
     assert certificate.not_valid_before_utc.timestamp() < NOW
     assert NOW + 3600 * 0.6 <= made.renew_at <= NOW + 3600 * 0.7
     assert made.expires_at == NOW + 3600
-    assert root.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+    assert root.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length is None
 
 
 def test_every_certificate_has_a_key_of_its_own(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import kmock
 import pytest
-from kube_mock import FOREVER, ApiServer, Refusal
+from kube_mock import FOREVER, ApiServer, Refusal, Stored
 
 from meshdemo.apps import loader
 from meshdemo.control import kubernetes as k8s
@@ -635,34 +635,6 @@ def test_a_review_holds_for_a_while_and_outlives_an_absent_server(server: ApiSer
 
 
 # -- what is kept ------------------------------------------------------------------------------------------
-
-
-class Stored:
-    """A ConfigMap (or Secret) with the optimistic concurrency of the real thing."""
-
-    def __init__(self, server: ApiServer, name: str, *, secret: bool = False) -> None:
-        self.object: dict[str, Any] = {"metadata": {"name": name, "resourceVersion": "1"}}
-        self.writes = 0
-        path = f"/api/v1/namespaces/n/{'secrets' if secret else 'configmaps'}/{name}"
-        server.answer(f"get {path}", lambda: self.object)
-        server.answer(f"patch {path}", self.patch)
-
-    def patch(self, request: kmock.Request) -> Any:
-        body = request.data
-        expected = body.get("metadata", {}).get("resourceVersion")
-        if expected is not None and expected != self.object["metadata"]["resourceVersion"]:
-            return Refusal(409, "Conflict", "the object has been modified")
-        self.write({key: value for key, value in body.items() if key != "metadata"})
-        return self.object
-
-    def write(self, changes: dict[str, Any]) -> None:
-        self.writes += 1
-        version = str(int(self.object["metadata"]["resourceVersion"]) + 1)
-        merged = {**self.object, "metadata": {**self.object["metadata"], "resourceVersion": version}}
-        for field, values in changes.items():
-            both = {**merged.get(field, {}), **values}
-            merged[field] = {key: value for key, value in both.items() if value is not None}
-        self.object = merged
 
 
 def test_the_intent_survives_and_two_writers_cannot_overwrite_each_other(server: ApiServer) -> None:

@@ -157,7 +157,13 @@ class ControlThread:
     """A control plane and its gRPC server on a loop of their own, in a thread."""
 
     def __init__(
-        self, state: Path, mesh: MeshState, port: int, settings: Settings, extra: tuple[Any, ...] = ()
+        self,
+        state: Path,
+        mesh: MeshState,
+        port: int,
+        settings: Settings,
+        extra: tuple[Any, ...] = (),
+        keep_authority: Callable[[], object] | None = None,
     ) -> None:
         self.events: list[dict[str, Any]] = []
         self.port = port
@@ -167,7 +173,11 @@ class ControlThread:
 
         async def boot() -> tuple[ControlPlane, Any]:
             plane = ControlPlane(
-                state, mesh, journal=lambda e: self.events.append(dict(e)), settings=settings
+                state,
+                mesh,
+                journal=lambda e: self.events.append(dict(e)),
+                settings=settings,
+                keep_authority=keep_authority,
             )
             server = grpc.aio.server(options=SERVER_OPTIONS)
             server.add_generic_rpc_handlers((*plane.handlers(), *extra))
@@ -236,6 +246,7 @@ class Mesh:
         self.control: ControlThread | None = None
         self.control_port = 0
         self.extra: tuple[Any, ...] = ()
+        self.keep_authority: Callable[[], object] | None = None
 
     # -- instances
 
@@ -284,7 +295,7 @@ class Mesh:
 
     def start_control(self) -> None:
         self.control = ControlThread(
-            self.state, self.mesh_state(), self.control_port, self.settings, self.extra
+            self.state, self.mesh_state(), self.control_port, self.settings, self.extra, self.keep_authority
         )
         self.control_port = self.control.port
 
@@ -305,9 +316,13 @@ class Mesh:
         (member.folder / "token").write_text(member.token)
         for name, content in bootstrap_files(member.instance, placement).items():
             (member.folder / name).write_text(content)
+        self.run_envoy(member, member.folder / "bootstrap.yaml")
+
+    @staticmethod
+    def run_envoy(member: Member, bootstrap: Path) -> None:
         with (member.folder / "envoy.log").open("wb") as log:
             member.process = subprocess.Popen(
-                envoy_arguments(find_envoy(), member.folder / "bootstrap.yaml"), stdout=log, stderr=log
+                envoy_arguments(find_envoy(), bootstrap), stdout=log, stderr=log
             )
 
     def await_ready(self, member: Member) -> None:

@@ -111,6 +111,7 @@ class Stream:
         self.wanted = wanted
         self.responses = 0
         self.lagging = False  # it let a push time out, and has not caught up yet
+        self.opened_at = time.monotonic()
         self._subscriptions: dict[str, _Subscription] = {}
         self._owed: frozenset[str] = frozenset()  # endpoints of changed clusters
 
@@ -229,6 +230,10 @@ class Stream:
             not subscription.waiting and self._due(type_url, subscription) is None
             for type_url, subscription in self._subscriptions.items()
         )
+
+    def asks_for(self, type_url: str) -> bool:
+        """Has the sidecar asked for any of this type on this stream?"""
+        return type_url in self._subscriptions
 
     def nacks(self, after: int = 0) -> dict[str, str]:
         """What the sidecar rejected and still lacks: short type -> Envoy's words.

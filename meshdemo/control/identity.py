@@ -6,6 +6,11 @@ to (a SPIFFE identity, https://github.com/spiffe/spiffe/blob/main/standards/X509
 hour and are replaced well before that. The root can be replaced too, without a moment in which one half of
 the mesh does not trust the other: `prepare_root` (trust both), `switch_root` (sign with the new one),
 `retire_root` (trust the new one alone).
+
+What sidecars trust among each other they are told, and confirm. What they trust the control plane by is a
+file, and in a cluster nobody knows when the kubelet has brought a new one to a pod; it may take two minutes.
+So the old root signs for the new one (a cross-signed certificate, as public authorities do it), and the
+control plane shows that along with its own: whoever has the old file, the new one, or both believes it.
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ import hashlib
 import hmac
 import ipaddress
 import random
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +38,8 @@ CONTROL_PLANE_NAME = "control-plane.meshdemo"
 """The name in the control plane's certificate; no instance gets a certificate with it."""
 
 _ROOT_LIFETIME = dt.timedelta(days=3650)
+_CROSS_LIFETIME = dt.timedelta(hours=1)  # many times what a kubelet takes to renew a file in a pod
+_CROSS_AT_MOST = 50  # roots ago; a chain of 100 kB is refused by the other end
 _CLOCK_SKEW = dt.timedelta(minutes=1)
 
 
@@ -60,10 +67,12 @@ class Certificate:
 class _Root:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
+    crossed: tuple[x509.Certificate, ...] = ()
+    """This root as the one before it vouches for it, that one as its own predecessor does, and so on."""
 
     def pem(self) -> bytes:
-        """Key and certificate in one file, so that they cannot come apart."""
-        return _key_pem(self.key) + self.certificate.public_bytes(serialization.Encoding.PEM)
+        """Key and certificates in one file, so that they cannot come apart."""
+        return _key_pem(self.key) + _pem(self.certificate, *self.crossed)
 
 
 class Authority:
@@ -96,7 +105,7 @@ class Authority:
     @property
     def trust(self) -> bytes:
         """The certificates (PEM) that instances trust."""
-        return b"".join(c.public_bytes(serialization.Encoding.PEM) for c in self._trusted)
+        return _pem(*self._trusted)
 
     @property
     def replacing_root(self) -> bool:
@@ -110,15 +119,24 @@ class Authority:
         return self._issue([x509.UniformResourceIdentifier(identity)], now, lifetime_s)
 
     def issue_control_plane(self, now: float, lifetime_s: float) -> Certificate:
-        """A fresh key and a certificate for the control plane's own server."""
+        """A fresh key and a certificate for the control plane's own server.
+
+        Its chain leads to the root, and for a while to the roots before it (see above).
+        """
         names: list[x509.GeneralName] = [
             x509.DNSName(CONTROL_PLANE_NAME),
             x509.DNSName("localhost"),
             x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")),
         ]
-        return self._issue(names, now, lifetime_s)
+        return self._issue(names, now, lifetime_s, _living(self._root.crossed, now))
 
-    def _issue(self, names: list[x509.GeneralName], now: float, lifetime_s: float) -> Certificate:
+    def _issue(
+        self,
+        names: list[x509.GeneralName],
+        now: float,
+        lifetime_s: float,
+        others: Sequence[x509.Certificate] = (),
+    ) -> Certificate:
         key = ec.generate_private_key(ec.SECP256R1())
         start = _utc(now)
         root = self._root.certificate
@@ -144,7 +162,7 @@ class Authority:
         # Spread, so that sidecars that connected together do not all renew at once.
         renew_after_s = lifetime_s * random.uniform(0.6, 0.7)  # noqa: S311 (not a secret)
         return Certificate(
-            chain=certificate.public_bytes(serialization.Encoding.PEM),
+            chain=_pem(certificate, *others),
             key=_key_pem(key),
             renew_at=now + renew_after_s,
             expires_at=now + lifetime_s,
@@ -156,8 +174,9 @@ class Authority:
         """Make the next root and trust it as well. Goes on with a replacement that was left half-way."""
         if self._next is None and not self.replacing_root:
             root = _new_root(self._mesh, now)
-            _store(self._next_path, root.pem())
-            self._next = root
+            crossed = (_vouched_for(root, self._root, now), *_living(self._root.crossed, now))
+            self._next = replace(root, crossed=crossed[:_CROSS_AT_MOST])
+            _store(self._next_path, self._next.pem())
         if self._next is not None and self._next.certificate not in self._trusted:
             self._trusted = [*self._trusted, self._next.certificate]
             self._write_trust()
@@ -240,7 +259,8 @@ def _new_root(mesh: str, now: float) -> _Root:
         .serial_number(x509.random_serial_number())
         .not_valid_before(start - _CLOCK_SKEW)
         .not_valid_after(start + _ROOT_LIFETIME)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        # No bound of the path: this root vouches for the next one, and that for the one after it.
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .add_extension(
             x509.SubjectAlternativeName([x509.UniformResourceIdentifier(trust_domain(mesh))]), critical=False
@@ -251,13 +271,36 @@ def _new_root(mesh: str, now: float) -> _Root:
     return _Root(key, certificate)
 
 
+def _vouched_for(new: _Root, old: _Root, now: float) -> x509.Certificate:
+    """The new root's name, key and extensions under the old root's signature."""
+    start = _utc(now)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(new.certificate.subject)
+        .issuer_name(old.certificate.subject)
+        .public_key(new.key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start - _CLOCK_SKEW)
+        .not_valid_after(start + _CROSS_LIFETIME)
+        .add_extension(_authority_key_id(old.certificate), critical=False)
+    )
+    for extension in new.certificate.extensions:
+        builder = builder.add_extension(extension.value, critical=extension.critical)
+    return builder.sign(old.key, hashes.SHA256())
+
+
+def _living(certificates: Sequence[x509.Certificate], now: float) -> tuple[x509.Certificate, ...]:
+    return tuple(one for one in certificates if one.not_valid_after_utc > _utc(now))
+
+
 def _load(path: Path) -> _Root | None:
     try:
         content = path.read_bytes()
         key = serialization.load_pem_private_key(content, password=None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ValueError("not an EC key")
-        return _Root(key, x509.load_pem_x509_certificate(content))
+        certificate, *crossed = x509.load_pem_x509_certificates(content)
+        return _Root(key, certificate, tuple(crossed))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -284,6 +327,10 @@ def _store(path: Path, content: bytes, mode: int = 0o600) -> None:
         write_atomic(path, content, mode=mode, durable=True)
     except OSError as error:
         raise Failed(f"cannot write {path}: {error.strerror}", "make room or mend the permissions") from error
+
+
+def _pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in certificates)
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

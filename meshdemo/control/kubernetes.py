@@ -547,23 +547,36 @@ class Keeper:
         return content
 
 
-class TrustMap:
-    """The certificates that sidecars check the control plane by, as the ConfigMap that their pods mount."""
+class AuthorityKeeper:
+    """The certificate authority's files in a Secret, and what they trust in the ConfigMap that pods mount.
 
-    def __init__(self, cluster: Cluster, namespace: str, path: Path) -> None:
-        self._cluster, self._namespace, self._path = cluster, namespace, path
-        self._kept = ""
+    Sidecars check the control plane by the latter. It reaches them when their kubelets see fit, which nobody
+    waits for: see `meshdemo.control.identity`.
+    """
+
+    def __init__(self, cluster: Cluster, namespace: str, folder: Path) -> None:
+        self._cluster, self._namespace = cluster, namespace
+        self._files = Keeper(cluster, "Secret", AUTHORITY, namespace, folder, AUTHORITY_FILES)
+        self._path = folder / "trust.pem"
+        self._trusted = ""
+        self._saving = threading.Lock()
+
+    def restore(self) -> None:
+        """Fill the folder. Raises Failed if the Secret cannot be read."""
+        self._files.restore()
 
     def save(self) -> bool:
-        """Write what the authority trusts, if that has changed. Raises Failed."""
-        now = self._path.read_text()
-        if now == self._kept:
-            return False
-        self._cluster.patch(
-            "ConfigMap", TRUST, self._namespace, {"data": {self._path.name: now}}, merge="merge"
-        )
-        self._kept = now
-        return True
+        """Carry back what has changed, the secret half first; was there anything? Raises Failed."""
+        with self._saving:  # a replacement of the root does not wait for the one that looks each second
+            changed = self._files.save()
+            trusted = self._path.read_text()
+            if trusted == self._trusted:
+                return changed
+            self._cluster.patch(
+                "ConfigMap", TRUST, self._namespace, {"data": {self._path.name: trusted}}, merge="merge"
+            )
+            self._trusted = trusted
+            return True
 
 
 class _Keeps(Protocol):

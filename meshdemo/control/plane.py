@@ -38,6 +38,8 @@ __all__ = ["SERVER_OPTIONS", "Change", "ControlPlane", "Journal", "Settings", "S
 
 log = logging.getLogger(__name__)
 
+_ASKS_WITHIN_S = 1.0  # after a sidecar has connected
+
 Change = Callable[[Intent, MeshState], Intent]
 """A change of the intent: pure, and raises BadInput if it makes no sense. Those of `intent.py` fit through
 a lambda: `plane.change(lambda intent, mesh: add_fault(intent, mesh, fault))`."""
@@ -78,6 +80,7 @@ class ControlPlane:
         settings: Settings | None = None,
         authenticator: Authenticator | None = None,
         intents: Intents | None = None,
+        keep_authority: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Load (or make) the intent and the certificate authority in the folder `state`.
@@ -85,6 +88,8 @@ class ControlPlane:
         Args:
             authenticator: whose tokens are accepted; default: those whose hashes the mesh state holds.
             intents: where the intent is kept; default: in `state`.
+            keep_authority: what brings the authority's files to where they outlive `state`, if that does not
+                last. Called in a thread of its own, each time before what they say is used; raises Failed.
 
         Raises:
             Failed: what is stored there cannot be read, or the templates are broken.
@@ -107,7 +112,9 @@ class ControlPlane:
         self._identities: dict[str, tuple[Certificate, xds.Bundle]] = {}
         self._composed: dict[str, tuple[tuple[Any, ...], xds.Snapshot]] = {}
         self._discovery = Discovery(self._wanted, self.authenticate, journal)
+        self._keep_authority = keep_authority or (lambda: None)
         self._changing = asyncio.Lock()
+        self._rotating = asyncio.Lock()  # the root
         self._intent_changed = asyncio.Event()
         self._lifetime_changed = asyncio.Event()
         self._timers: list[asyncio.Task[None]] = []
@@ -180,6 +187,11 @@ class ControlPlane:
     def real_share(self, instance: Instance) -> float:
         """Of what callers send to an instance, the share (0..1) that is not the copy of a request."""
         return real_share(self._mesh, self._intent, instance)
+
+    @property
+    def replacing_root(self) -> bool:
+        """Is the root being replaced, or was that left half-way?"""
+        return self._authority.replacing_root
 
     @property
     def trust_path(self) -> Path:
@@ -296,28 +308,36 @@ class ControlPlane:
     async def rotate_root(self) -> Effect:
         """Replace the root: trust both, re-issue all certificates, then trust the new one alone.
 
+        Each step is stored before it is used, and is confirmed by every sidecar that serves before the next:
+        whenever this stops, or the control plane with it, everyone goes on trusting everyone.
+
         Raises:
-            Failed: a sidecar did not confirm a step. Both roots stay trusted then, everything goes on
-                working, and a second call (or a restart) goes on where this one stopped.
+            Failed: a step could not be stored, or a sidecar did not confirm it. Both roots stay trusted then,
+                everything goes on working, and a second call (or a restart) goes on where this one stopped.
         """
-        if self._mesh.addresses:
-            # There the root must be stored, and what pods mount must have reached them, before it is used.
+        if self._rotating.locked():
             raise Failed(
-                "the root of a mesh on Kubernetes cannot be rotated while it runs",
-                "`meshdemo identity rotate` renews all certificates; down and up makes a new root",
+                "the root is being replaced already", "`meshdemo identity show` says whether it is done"
             )
         started = time.perf_counter()
-        async with self._changing:
+        async with self._rotating:
             self._authority.prepare_root(self._clock())
+            await asyncio.to_thread(self._keep_authority)
             self._trust = self._trust_bundle()
-            _all_confirmed(await self._push(), "trusting the new root as well")
+            await self._everyone("trusting the new root as well")
             self._authority.switch_root()
+            await asyncio.to_thread(self._keep_authority)
             self._identities.clear()
             self._server_certificate = self._issue_server_certificate()
-            _all_confirmed(await self._push(), "its certificate of the new root")
+            await self._everyone("its certificate of the new root")
             # Handshakes that began with the old certificates end with them.
             await asyncio.sleep(self._settings.root_overlap_s)
             self._authority.retire_root()
+            try:
+                await asyncio.to_thread(self._keep_authority)
+            except Failed as error:
+                # A restart would find both trusted and finish the replacement; nobody is worse off till then.
+                log.warning("that the old root is retired is not stored yet: %s", error.message)
             self._trust = self._trust_bundle()
             outcome = await self._push()
         return self._effect(started, outcome)
@@ -382,6 +402,34 @@ class ControlPlane:
 
     async def _push(self) -> Outcome:
         return await self._discovery.push(self._settings.ack_timeout_s)
+
+    async def _everyone(self, what: str) -> None:
+        """Push, and return once every sidecar that is there has confirmed it, or is at work without one.
+
+        Raises Failed if one rejects it, or does not answer in time: one that is connected, or one whose
+        instance is being sent requests although it is not (it is just coming back, say).
+        """
+        give_up = time.monotonic() + self._settings.ack_timeout_s
+        outcome = await self._push()
+        if outcome.nacks:
+            raise _rejected(outcome.nacks)
+        # The mesh may change meanwhile: who is gone is not waited for.
+        while late := [one.id for one in self._mesh.sidecars if not self._has_answered(one)]:
+            if time.monotonic() > give_up:
+                raise Failed(
+                    f"no answer from {', '.join(late[:5])} (of {len(late)}) to {what}",
+                    "both roots stay trusted; try again when these sidecars answer",
+                )
+            await asyncio.sleep(0.02)
+
+    def _has_answered(self, instance: Instance) -> bool:
+        """Has a sidecar confirmed all that it should have, its secrets with it? One that starts need not."""
+        stream = self._discovery.stream(instance.id)
+        if stream is None:
+            return not instance.ready
+        # One that is just back asks for one type after the other, and for secrets last, if it needs any.
+        asked = stream.asks_for(xds.SECRETS) or time.monotonic() > stream.opened_at + _ASKS_WITHIN_S
+        return stream.settled() and asked
 
     def _effect(self, started: float, outcome: Outcome) -> Effect:
         return Effect(
@@ -505,11 +553,14 @@ class ControlPlane:
 
     async def _finish_root(self) -> None:
         """Go on with the replacement of the root that a restart interrupted, once sidecars are back."""
-        await asyncio.sleep(self._settings.ack_timeout_s)
-        try:
-            await self.rotate_root()
-        except Failed as error:
-            log.error("the replacement of the root is still unfinished: %s", error)
+        while self._authority.replacing_root:
+            await asyncio.sleep(self._settings.ack_timeout_s)
+            try:
+                await self.rotate_root()
+            except Failed as error:
+                log.error("the replacement of the root is still unfinished; trying again: %s", error)
+            else:
+                self._journal({"event": "rotated", "root": True, "by": "control-plane"})
 
 
 def _expect_many_sidecars() -> None:
@@ -532,13 +583,3 @@ def _rejected(nacks: Sequence[Nack]) -> Failed:
         f"the sidecar of {first.instance} rejected its {first.type}{more}: {first.error}",
         "nothing was changed; Envoy's words say what it will not take",
     )
-
-
-def _all_confirmed(outcome: Outcome, what: str) -> None:
-    if outcome.nacks:
-        raise _rejected(outcome.nacks)
-    if outcome.unconfirmed:
-        raise Failed(
-            f"no answer from {', '.join(outcome.unconfirmed[:5])} (of {len(outcome.unconfirmed)}) to {what}",
-            "both roots stay trusted; try again when these sidecars answer",
-        )

@@ -76,6 +76,7 @@ class Backend:
 
     authenticator: Authenticator | None = None  # whose tokens are accepted; None: as the mesh state says
     intents: Intents | None = None  # where the intent is kept; None: in the control plane's folder
+    keep_authority: Callable[[], object] | None = None  # see `ControlPlane`; None: that folder lasts
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -149,7 +150,12 @@ async def serve(place: Place, backend: Backend | None = None) -> None:
 
     store.track([instance.id for instance in mesh.sidecars])
     plane = ControlPlane(
-        place.control, mesh, journal=record, authenticator=backend.authenticator, intents=backend.intents
+        place.control,
+        mesh,
+        journal=record,
+        authenticator=backend.authenticator,
+        intents=backend.intents,
+        keep_authority=backend.keep_authority,
     )
     tap = Tap(plane.set_tap, plane.authenticate)
     server = grpc.aio.server(options=SERVER_OPTIONS)

@@ -52,13 +52,14 @@ class Backend(server.Backend):
         self.authenticator = k8s.TokenReviews(cluster, self._source)
         self.intents = k8s.IntentMap(cluster, namespace)
         folder = place.control
+        self._authority = k8s.AuthorityKeeper(cluster, namespace, folder)
+        self.keep_authority = self._authority.save
         self._keepers = (
-            k8s.Keeper(cluster, "Secret", k8s.AUTHORITY, namespace, folder, k8s.AUTHORITY_FILES),
+            self._authority,
             k8s.Keeper(cluster, "ConfigMap", k8s.JOURNAL, namespace, folder, ("events.jsonl",)),
         )
         self._reporter = Reporter(cluster, namespace)
         self._changed = asyncio.Event()
-        self._trust = k8s.TrustMap(cluster, namespace, folder / "trust.pem")
 
     async def start(self) -> MeshState:
         """Fill the control plane's folder and wait for the first complete picture of the mesh."""
@@ -78,7 +79,7 @@ class Backend(server.Backend):
         """Take changes in, carry back what must be kept, end what is over, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._refresh(control))
-            tasks.create_task(k8s.keep((*self._keepers, self._trust)))
+            tasks.create_task(k8s.keep(self._keepers))
             tasks.create_task(self._end_what_is_over())
             tasks.create_task(self._leave_events(control))
             tasks.create_task(self._report_entrance())
