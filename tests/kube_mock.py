@@ -131,6 +131,7 @@ class Stored:
         self.object: dict[str, Any] = {"metadata": {"name": name, "resourceVersion": "1"}}
         self.writes = 0
         self.refusal: Refusal | None = None  # what a write is answered with instead of being done
+        self.loses_answers = 0  # so many writes are done, and answered as if they were not
         path = f"/api/v1/namespaces/n/{'secrets' if secret else 'configmaps'}/{name}"
         server.answer(f"get {path}", lambda: self.object)
         server.answer(f"patch {path}", self.patch)
@@ -143,6 +144,9 @@ class Stored:
         if expected is not None and expected != self.object["metadata"]["resourceVersion"]:
             return Refusal(409, "Conflict", "the object has been modified")
         self.write({key: value for key, value in body.items() if key != "metadata"})
+        if self.loses_answers:
+            self.loses_answers -= 1
+            return Refusal(503, "ServiceUnavailable", "gone before it answered")
         return self.object
 
     def write(self, changes: dict[str, Any]) -> None:

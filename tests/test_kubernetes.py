@@ -21,7 +21,9 @@ from kube_mock import FOREVER, ApiServer, Refusal, Stored
 from meshdemo.apps import loader
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
+from meshdemo.control.intent import Overtaken, eject, set_access
 from meshdemo.control.model import Intent, MeshState
+from meshdemo.control.plane import ControlPlane
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.kube import ApiError, Cluster
 from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION
@@ -643,11 +645,58 @@ def test_the_intent_survives_and_two_writers_cannot_overwrite_each_other(server:
     assert one.load() == two.load() == Intent()
     changed = Intent(revision=2, access={"a>b": True})
     one.save(changed)
-    with pytest.raises(Failed, match="changed by somebody else"):
-        two.save(Intent(revision=2))
+    for _ in range(2):
+        with pytest.raises(Overtaken, match="changed by somebody else"):
+            two.save(Intent(revision=2))
     assert two.load() == changed
     two.save(Intent(revision=3))
     assert Intent.model_validate_json(stored.object["data"]["intent.json"]).revision == 3
+
+
+def test_who_asks_again_since_the_answer_was_lost_has_not_overtaken_himself(server: ApiServer) -> None:
+    stored = Stored(server, "meshdemo-intent")
+    kept = k8s.IntentMap(server.cluster(), "n")
+    kept.load()
+    stored.loses_answers = 1
+    kept.save(Intent(revision=2))
+    kept.save(Intent(revision=3))
+    assert Intent.model_validate_json(stored.object["data"]["intent.json"]).revision == 3
+
+
+def test_an_intent_that_somebody_else_changed_is_in_force_and_changes_go_on_from_it(
+    server: ApiServer, tmp_path: Path
+) -> None:
+    stored = Stored(server, "meshdemo-intent")
+    mesh = k8s.mesh_state("m", "n", PAIR, [app_pod("b-1"), app_pod("b-2")], [], [])
+
+    def deny(intent: Intent, mesh: MeshState) -> Intent:
+        return set_access(intent, mesh, "service-a", "service-b", False)
+
+    async def work() -> None:
+        intents = k8s.IntentMap(server.cluster(), "n")
+        plane = ControlPlane(tmp_path, mesh, journal=lambda _: None, intents=intents)
+        await plane.change(lambda i, m: eject(i, m, "b-1", reason="r", by="test", now=1))
+        # By hand, with kubectl.
+        theirs = plane.intent.model_copy(update={"load_rps": 7.0})
+        stored.write({"data": {"intent.json": theirs.model_dump_json()}})
+        with pytest.raises(Overtaken, match="theirs is in force, yours is not"):
+            await plane.change(deny)
+        assert plane.intent == theirs
+        await plane.change(deny)
+        assert (plane.intent.load_rps, plane.intent.access) == (7.0, {"service-a>service-b": False})
+        # Who is there is followed whatever becomes of the intent: here the pod b-1 goes, ejection and all.
+        stored.write(
+            {"data": {"intent.json": plane.intent.model_copy(update={"load_rps": 8.0}).model_dump_json()}}
+        )
+        gone = mesh.model_copy(update={"instances": mesh.instances[1:]})
+        await plane.refresh(gone)
+        assert (plane.mesh, plane.intent.load_rps, plane.intent.ejections) == (gone, 8.0, ())
+        await plane.change(lambda i, m: eject(i, m, "b-2", reason="r", by="test", now=1))
+        stored.refusal = Refusal(403, "Forbidden", "configmaps is forbidden")
+        await plane.refresh(gone.model_copy(update={"instances": ()}))
+        assert (plane.mesh.instances, plane.intent.ejections) == ((), ())
+
+    asyncio.run(work())
 
 
 def test_an_intent_that_is_none_is_told(server: ApiServer) -> None:

@@ -505,6 +505,10 @@ def _words(error: ValidationError) -> str:
 # -- persistence ------------------------------------------------------------------------------------------
 
 
+class Overtaken(Failed):
+    """Somebody else has changed the stored intent: theirs is in force, and may be loaded."""
+
+
 class Intents(Protocol):
     """Where the intent is kept. Both methods may take a while, and are called in a thread."""
 
@@ -513,7 +517,7 @@ class Intents(Protocol):
         ...
 
     def save(self, intent: Intent) -> None:
-        """Store the intent; the one before stays if that fails. Raises Failed."""
+        """Store the intent; the one before stays if that fails. Raises Failed, Overtaken."""
         ...
 
 

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from meshdemo.apps.model import GATEWAY, App
 from meshdemo.control import ingress
 from meshdemo.control.discovered import account_of, discover, version_of
+from meshdemo.control.intent import Overtaken
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.files import write_atomic
@@ -461,36 +462,34 @@ class IntentMap:
         stored = self._cluster.get("ConfigMap", INTENT, self._namespace)
         if stored is None:
             raise Failed(f"the ConfigMap {INTENT} is gone", "run `meshdemo up` again")
-        self._version = stored["metadata"]["resourceVersion"]
         text = (stored.get("data") or {}).get("intent.json")
         try:
-            return Intent.model_validate_json(text) if text else Intent()
+            found = Intent.model_validate_json(text) if text else Intent()
         except ValidationError as error:
             raise Failed(
                 f"the ConfigMap {INTENT} does not hold an intent: {error.errors()[0]['msg']}",
                 "repair its intent.json, or remove that key to start without faults, traffic or access rules",
             ) from error
+        self._version = stored["metadata"]["resourceVersion"]
+        return found
 
     def save(self, intent: Intent) -> None:
-        """Store the intent; the one before stays if that fails. Raises Failed."""
+        """Store the intent; the one before stays if that fails. Raises Failed, Overtaken."""
+        data = {"intent.json": intent.model_dump_json(indent=1)}
+        body = {"metadata": {"resourceVersion": self._version}, "data": data}
         try:
-            stored = self._cluster.patch(
-                "ConfigMap",
-                INTENT,
-                self._namespace,
-                {
-                    "metadata": {"resourceVersion": self._version},
-                    "data": {"intent.json": intent.model_dump_json(indent=1)},
-                },
-                merge="merge",
-            )
+            stored = self._cluster.patch("ConfigMap", INTENT, self._namespace, body, merge="merge")
         except ApiError as error:
-            if error.status == 409:
-                raise Failed(
-                    "the intent was changed by somebody else at the same moment; nothing was changed",
+            # Where an answer is lost, what is asked is asked again, and then overtakes itself.
+            there = self._cluster.get("ConfigMap", INTENT, self._namespace) if error.status == 409 else None
+            if there is None:
+                raise
+            if there.get("data") != data:
+                raise Overtaken(
+                    "the intent was changed by somebody else meanwhile; theirs is in force, yours is not",
                     "look at it (`meshdemo traffic show`, `fault list`, `access show`) and try again",
                 ) from error
-            raise
+            stored = there
         self._version = stored["metadata"]["resourceVersion"]
 
 

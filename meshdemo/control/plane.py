@@ -28,7 +28,7 @@ from google.protobuf.json_format import ParseError
 from meshdemo.control import xds
 from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Nack, Outcome
 from meshdemo.control.identity import Authenticator, Authority, Certificate, TokenHashes, bearer, spiffe_id
-from meshdemo.control.intent import Intents, IntentStore, expire_faults, expire_leases, forget_gone
+from meshdemo.control.intent import Intents, IntentStore, Overtaken, expire_faults, expire_leases, forget_gone
 from meshdemo.control.model import Effect, Instance, Intent, MeshState, SplitLease
 from meshdemo.control.render import Renderer, real_share
 from meshdemo.errors import Failed
@@ -229,7 +229,13 @@ class ControlPlane:
             if after is before:
                 return Effect(revision=before.revision, effective_ms=0, sidecars=0)
             new = self._render(self._mesh, after)
-            await asyncio.to_thread(self._store.save, after)
+            try:
+                await asyncio.to_thread(self._store.save, after)
+            except Overtaken:
+                theirs = forget_gone(await asyncio.to_thread(self._store.load), self._mesh)
+                self._take(theirs, self._render(self._mesh, theirs))
+                await self._push()
+                raise
             self._take(after, new)
             outcome = await self._push()
             if outcome.nacks:
@@ -250,11 +256,12 @@ class ControlPlane:
             if mesh == self._mesh:
                 return Effect(revision=self._intent.revision, effective_ms=0, sidecars=0)
             intent = forget_gone(self._intent, mesh)
-            rendered = self._render(mesh, intent)
             if intent is not self._intent:
-                await asyncio.to_thread(self._store.save, intent)
+                intent = await self._store_facts(intent, mesh)
+            rendered = self._render(mesh, intent)
             was = {instance.id: instance.service for instance in self._mesh.sidecars}
-            self._mesh, self._intent, self._rendered = mesh, intent, rendered
+            self._mesh = mesh
+            self._take(intent, rendered)
             for instance in mesh.sidecars:
                 if was.get(instance.id, instance.service) != instance.service:
                     self._identities.pop(instance.id, None)  # somebody else's now
@@ -268,6 +275,21 @@ class ControlPlane:
         # report, or a change, from the others for as long as it is waited for.
         outcome = await self._push()
         return self._effect(started, outcome)
+
+    async def _store_facts(self, intent: Intent, mesh: MeshState) -> Intent:
+        """Store an intent that was adapted to the mesh; the one to go on with, whether or not that works.
+
+        Who is there and who is not is followed in any case. What is not stored now is stored with the next
+        change, or found out again after a restart.
+        """
+        try:
+            await asyncio.to_thread(self._store.save, intent)
+        except Overtaken:
+            with contextlib.suppress(Failed):
+                return forget_gone(await asyncio.to_thread(self._store.load), mesh)
+        except Failed as error:
+            log.warning("that instances are gone is not stored yet: %s", error)
+        return intent
 
     async def set_tap(self, on: bool) -> Effect:
         """Have every sidecar send its access log (ALS) to the control plane, or stop that. Not persisted."""
