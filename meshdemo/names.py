@@ -18,6 +18,24 @@ REVISION = PREFIX + "revision"
 PROTOCOL, TOLD_PROTOCOL = PREFIX + "protocol", PREFIX + "told-protocol"
 PROTOCOLS = ("http", "grpc", "tcp")
 
+
+def qualified(name: str, namespace: str, home: str) -> str:
+    """What the mesh calls something of a namespace: `web`, or `web.shop` where that is not the mesh's own."""
+    # A pod's name may hold dots. A namespace's does not, so what follows the last dot is always one.
+    return name if namespace == home and "." not in name else f"{name}.{namespace}"
+
+
+def parted(name: str, home: str) -> tuple[str, str]:
+    """The other way round: the name within its namespace, and the namespace."""
+    own, dot, namespace = name.rpartition(".")
+    return (own, namespace) if dot else (name, home)
+
+
+def handout(mesh: str) -> str:
+    """The ConfigMap from which the sidecars of injected pods start, in every namespace that has some."""
+    return f"meshdemo-{mesh}"
+
+
 AUDIENCE = "meshdemo"
 """What sidecars' tokens are good for; the API server calls a token for anything else invalid."""
 

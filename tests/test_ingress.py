@@ -77,6 +77,30 @@ def test_hosts_and_paths() -> None:
     assert read(ingress_of(("/a", "ImplementationSpecific", "service-a"))).entries[0].host == "*"
 
 
+def test_an_object_leads_to_services_of_its_own_namespace() -> None:
+    app = APP.model_copy(update={"services": {**APP.services, "web.shop": APP.services["service-b"]}})
+    web = service("web", 80)
+    web["metadata"]["namespace"] = "shop"
+    there = ingress_of(("/", "Prefix", "web"), ("/b", "Prefix", "service-b"), host="shop.test")
+    there["metadata"]["namespace"] = "shop"
+    there["spec"]["rules"][0]["http"]["paths"][0]["backend"] = backend("web", number=80)
+    route = route_of({"backendRefs": [{"name": "web", "port": 80}]})
+    route["metadata"]["namespace"] = "shop"
+    stranger = {**route, "metadata": {**route["metadata"], "name": "stranger"}}
+    route = {**route, "spec": {**route["spec"], "parentRefs": [{"name": "meshdemo", "namespace": "n"}]}}
+    found = ingress.translate([there], [route, stranger], [*SERVICES, web], app, "n")
+    assert [entry.backends for entry in found.entries] == [{"web.shop": 1}, {}, {"web.shop": 1}]
+    (verdict,) = found.ingresses
+    assert [one.message for one in verdict.problems] == [
+        "service 'service-b.shop' is not in the mesh; there are: web.shop"
+    ]
+    # Whose parent is a Gateway of its own namespace is not ours.
+    assert [one.manifest["metadata"]["name"] for one in found.routes] == ["shop"]
+    status = ingress.route_status(found.routes[0], "n", "now")
+    assert status is not None
+    assert [one["status"] for one in status["parents"][0]["conditions"]] == ["True", "True"]
+
+
 def test_a_default_backend() -> None:
     found = read(ingress_of(defaultBackend=backend("service-b", name="http")))
     assert found.entries == (Entry(default=True, backends={"service-b": 1}),)

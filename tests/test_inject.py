@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshdemo.errors import BadInput
+from meshdemo.runtime.kubernetes import record
 from meshdemo.runtime.kubernetes.inject import TEMPLATES, Additions, PodTemplate, inject, uninject
+from meshdemo.runtime.kubernetes.record import Record
 
 ADDED = Additions(
     init_containers=[
@@ -619,13 +621,20 @@ def test_the_protocol_is_carried_to_the_pods() -> None:
     assert b"'smtp' is no protocol" in wrong.stderr
 
 
-def test_a_namespace_that_is_not_the_mesh_s_is_told() -> None:
+def test_a_mesh_that_is_not_known_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "kind: Pod\nmetadata: {name: a, namespace: shop}\nspec: {containers: [{name: a}]}\n"
-    assert (
-        b"its namespace is 'shop', and this mesh's is 'mesh-demo'"
-        in meshdemo("inject", "-", stdin=text).stderr
-    )
-    assert b"namespace" not in meshdemo("--name", "shop", "inject", "-", stdin=text).stderr
+    monkeypatch.setenv("MESHDEMO_HOME", str(tmp_path))
+    said = meshdemo("inject", "-", stdin=text)
+    assert said.returncode == 0
+    assert b"knows no mesh 'mesh-demo' in a cluster (`meshdemo up --runtime kind` makes one)" in said.stderr
+    record.save(Record(kind="kubernetes", mesh="prod"))
+    assert b"(but prod: see --name)" in meshdemo("inject", "-", stdin=text).stderr
+    known = meshdemo("--name", "prod", "inject", "-", stdin=text)
+    assert b"Note" not in known.stderr
+    (volume, _) = yaml.safe_load(known.stdout)["spec"]["volumes"]
+    # In any namespace: the control plane keeps the ConfigMap there.
+    assert volume["projected"]["sources"][0] == {"configMap": {"name": "meshdemo-prod"}}
+    assert b"Note" not in meshdemo("inject", "-", stdin="kind: Service\nmetadata: {name: a}\n").stderr
 
 
 # A process counts as big as the one that forked it was, so that must be a small one.

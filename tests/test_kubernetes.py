@@ -21,6 +21,7 @@ from kube_mock import FOREVER, ApiServer, Refusal, Stored
 from meshdemo.apps import loader
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
+from meshdemo.control.identity import service_of, spiffe_id
 from meshdemo.control.intent import Overtaken, eject, set_access
 from meshdemo.control.model import Intent, MeshState
 from meshdemo.control.plane import ControlPlane
@@ -29,7 +30,7 @@ from meshdemo.kube import ApiError, Cluster
 from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION
 from meshdemo.names import MESH as MESH_LABEL
 from meshdemo.runtime.base import UpOptions
-from meshdemo.runtime.kubernetes import apply, lease, record
+from meshdemo.runtime.kubernetes import apply, lease, record, up
 from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime, autoscalers
 from meshdemo.runtime.kubernetes.specs import SpecMap
 from meshdemo.runtime.local.spec import wanted
@@ -553,6 +554,165 @@ def test_without_injected_pods_the_app_is_what_was_declared() -> None:
     assert found.ports == {}
 
 
+def of(namespace: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest, in a namespace."""
+    return {**manifest, "metadata": {**manifest["metadata"], "namespace": namespace}}
+
+
+def test_services_of_the_same_name_in_two_namespaces_are_two() -> None:
+    """Also where pods, labels and accounts are called alike, and like what the mesh itself has."""
+    others = [
+        of(namespace, one)
+        for namespace, address in (("blue", "10.96.2.1"), ("green", "10.96.3.1"))
+        for one in (
+            injected("web-0", "web"), slice_of("web", 8080, "web-0"), k8s_service("web", address, 80),
+            injected("b-1", "service-b"), injected("edge-0", "gateway"),
+        )
+    ]  # fmt: skip
+    found = k8s.mesh_state(
+        "m", "n", PAIR,
+        [of("n", app_pod("b-1")), of("n", injected("dotted.name", "x"))] + [one for one in others if "status" in one],
+        [endpoints("service-b", b_1=True)] + [one for one in others if "endpoints" in one],
+        [service("service-b", "10.96.0.1")] + [one for one in others if "clusterIP" in one.get("spec", {})],
+    )  # fmt: skip
+    assert {one.id: one.service for one in found.instances} == {
+        "b-1": "service-b", "dotted.name.n": "account-default",
+        "web-0.blue": "web.blue", "b-1.blue": "account-default.blue", "edge-0.blue": "account-default.blue",
+        "web-0.green": "web.green", "b-1.green": "account-default.green", "edge-0.green": "account-default.green",
+    }  # fmt: skip
+    assert found.gateways == ()
+    assert found.addresses == {"service-b": "10.96.0.1", "web.blue": "10.96.2.1", "web.green": "10.96.3.1"}
+    assert found.ports == {"web.blue": 80, "web.green": 80}
+    assert "web.green" in found.app.services["web.blue"].calls
+    assert found.app.services["service-b"] == PAIR.services["service-b"]
+    assert declared(found.app) == PAIR
+    by_id = {one.id: one for one in found.instances}
+    assert by_id["web-0.blue"].ready
+    identities = {name: spiffe_id("m", "n", name) for name in found.app.services}
+    assert identities["service-b"] == "spiffe://m/ns/n/sa/service-b"
+    assert identities["web.blue"] == "spiffe://m/ns/blue/sa/web"
+    assert identities["account-default.green"] == "spiffe://m/ns/green/sa/account-default"
+    assert {name: service_of(identity, "n") for name, identity in identities.items()} == {
+        name: name for name in identities
+    }
+
+
+class Places:
+    """As much of an API server as has pods in namespaces, and what surrounds them."""
+
+    def __init__(self, server: ApiServer, *objects: tuple[str, dict[str, Any]]) -> None:
+        spec = {
+            "metadata": {"name": "meshdemo-spec", "namespace": "n"},
+            "data": {"spec.json": json.dumps({"app": PAIR.model_dump(mode="json")})},
+        }
+        for path, found in {
+            "/api/v1/pods": [one for kind, one in objects if kind == "Pod"],
+            "/api/v1/namespaces/n/configmaps": [spec],
+        }.items():
+            self.listed(server, path, found)
+        for namespace in ("n", "shop"):
+            for kind, path in (
+                ("Service", f"/api/v1/namespaces/{namespace}/services"),
+                ("EndpointSlice", f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"),
+                ("Ingress", f"/apis/networking.k8s.io/v1/namespaces/{namespace}/ingresses"),
+            ):
+                here = [
+                    one for its, one in objects if its == kind and one["metadata"]["namespace"] == namespace
+                ]
+                self.listed(server, path, here)
+            server.answer(
+                f"get /apis/gateway.networking.k8s.io/v1/namespaces/{namespace}/httproutes",
+                Refusal(404, "NotFound", "no such kind"),
+            )
+
+    @staticmethod
+    def listed(server: ApiServer, path: str, items: list[dict[str, Any]]) -> None:
+        answer = {"metadata": {"resourceVersion": "1"}, "items": items}
+        server.answer(f"get {path}", lambda request: FOREVER if "watch" in str(request.url) else answer)
+
+
+def test_pods_are_looked_for_everywhere_and_what_is_around_them_where_they_are(
+    server: ApiServer, tmp_path: Path
+) -> None:
+    shop = of("shop", injected("web-0", "web"))
+    Places(
+        server,
+        ("Pod", of("n", app_pod("b-1"))), ("Pod", shop),
+        ("Service", of("shop", k8s_service("web", "10.96.2.1", 80))),
+        ("EndpointSlice", of("shop", slice_of("web", 8080, "web-0"))),
+    )  # fmt: skip
+    server.answer("patch /api/v1/namespaces/shop/configmaps/meshdemo-m")
+    server.answer(REVIEWS, review("web-0", user="system:serviceaccount:shop:default"), times=1)
+    server.answer(REVIEWS, review("web-0", user="system:serviceaccount:n:default"))
+    cluster = server.cluster(patience_s=0)
+    (tmp_path / "trust.pem").write_text("root")
+
+    async def look() -> None:
+        source = k8s.Source(cluster, "m", "n")
+        try:
+            async with asyncio.timeout(60):
+                mesh = await source.start()
+            assert {one.id: one.service for one in mesh.instances} == {
+                "b-1": "service-b",
+                "web-0.shop": "web.shop",
+            }
+            assert source.guests() == {"shop"}
+            reviews = k8s.TokenReviews(cluster, source)
+            proven = await reviews.instance("of web-0", mesh)
+            assert proven is not None and proven.id == "web-0.shop"
+            assert await reviews.instance("of a web-0 of the mesh's own namespace", mesh) is None
+            handouts = k8s.Handouts(
+                cluster, "m", source.guests, {"bootstrap.yaml": "b"}, tmp_path / "trust.pem"
+            )
+            assert await asyncio.to_thread(handouts.save)
+            assert not await asyncio.to_thread(handouts.save)
+        finally:
+            source.stop()
+
+    asyncio.run(look())
+    (given,) = server.requests("patch", "configmaps")
+    assert given.data["data"] == {"bootstrap.yaml": "b", "trust.pem": "root"}
+    assert given.data["metadata"]["labels"]["meshdemo.dev/mesh"] == "m"
+    assert "fieldManager" in str(given.url)  # server-side apply
+    (pods,) = [one for one in server.requests("get", "/api/v1/pods") if "watch" not in str(one.url)]
+    assert "labelSelector=meshdemo.dev/mesh%3Dm" in str(pods.url)
+
+
+def test_down_takes_back_what_other_namespaces_were_given(server: ApiServer) -> None:
+    given = [of(namespace, {"metadata": {"name": "meshdemo-m"}}) for namespace in ("n", "shop")]
+    server.answer("get /api/v1/configmaps", {"items": given}, times=1)
+    server.answer("get /api/v1/configmaps", Refusal(403, "Forbidden", "not you"))
+    server.answer("get /api/v1/pods", {"items": [of("shop", injected("web-0", "web"))]})
+    server.answer("delete /api/v1/namespaces/shop/configmaps/meshdemo-m")
+    found = record.Record(kind="kubernetes", mesh="n")
+    notes: list[str] = []
+    removed = up._remove_handouts(server.cluster(patience_s=0), found, notes)
+    assert removed == ["ConfigMap meshdemo-m in shop"]
+    assert [str(one.url.path) for one in server.requests("delete")] == [
+        "/api/v1/namespaces/shop/configmaps/meshdemo-m"
+    ]
+    assert "stay in shop" in notes.pop()
+    assert up._remove_handouts(server.cluster(patience_s=0), found, notes) == []
+    assert "not you" in notes.pop()
+
+
+def test_a_namespace_that_takes_nothing_keeps_nothing_from_the_others(
+    server: ApiServer, tmp_path: Path
+) -> None:
+    (tmp_path / "trust.pem").write_text("root")
+    server.answer(
+        "patch /api/v1/namespaces/a/configmaps/meshdemo-m", Refusal(403, "Forbidden", "it is going")
+    )
+    server.answer("patch /api/v1/namespaces/b/configmaps/meshdemo-m")
+    handouts = k8s.Handouts(server.cluster(patience_s=0), "m", lambda: {"a", "b"}, {}, tmp_path / "trust.pem")
+    for _ in range(2):
+        with pytest.raises(Failed, match=r"meshdemo-m in a: .*it is going"):
+            handouts.save()
+    assert [str(one.url.path) for one in server.requests("patch")].count(
+        "/api/v1/namespaces/b/configmaps/meshdemo-m"
+    ) == 1
+
+
 # -- tokens ------------------------------------------------------------------------------------------------
 
 
@@ -560,8 +720,8 @@ class _Pods:
     def pod(self, name: str) -> dict[str, Any] | None:
         return {"metadata": {"name": name, "uid": f"uid-{name}"}} if name.startswith("b-") else None
 
-    def account(self, instance: Any, pod: dict[str, Any]) -> str:
-        return str(instance.service)
+    def user(self, instance: Any, pod: dict[str, Any]) -> str:
+        return f"system:serviceaccount:n:{instance.service}"
 
 
 REVIEWS = "post /apis/authentication.k8s.io/v1/tokenreviews"

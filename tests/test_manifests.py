@@ -302,28 +302,48 @@ def test_the_control_plane_has_the_rights_that_it_needs_and_no_other() -> None:
         for o in objects(APPS["pair"], observability=False)
         if o["kind"] in {"Role", "ClusterRole"}
     }
-    assert granted["ClusterRole"] == [
-        {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
-    ]
-    flat = {
-        (group, resource, verb, tuple(rule.get("resourceNames", ())))
-        for rule in granted["Role"] for group in rule["apiGroups"] for resource in rule["resources"] for verb in rule["verbs"]
-    }  # fmt: skip
     state = ("meshdemo-intent", "meshdemo-journal", "meshdemo-spec", "meshdemo-trust")
-    assert flat == {
-        ("", "pods", "list", ()), ("", "pods", "watch", ()), ("", "pods", "delete", ()),
+    assert flat(granted["ClusterRole"]) == {
+        ("authentication.k8s.io", "tokenreviews", "create", ()),
+        ("", "pods", "list", ()), ("", "pods", "watch", ()),
         ("", "services", "list", ()), ("", "services", "watch", ()),
         ("discovery.k8s.io", "endpointslices", "list", ()), ("discovery.k8s.io", "endpointslices", "watch", ()),
+        # Where pods are injected, this one ConfigMap.
+        ("", "configmaps", "create", ("meshdemo-m",)), ("", "configmaps", "patch", ("meshdemo-m",)),
         ("networking.k8s.io", "ingresses", "list", ()), ("networking.k8s.io", "ingresses", "watch", ()),
         ("networking.k8s.io", "ingresses/status", "patch", ()),
         ("gateway.networking.k8s.io", "httproutes", "list", ()),
         ("gateway.networking.k8s.io", "httproutes", "watch", ()),
         ("gateway.networking.k8s.io", "httproutes/status", "patch", ()),
+        ("", "events", "create", ()),
+    }  # fmt: skip
+    assert flat(granted["Role"]) == {
+        ("", "pods", "delete", ()),
         ("", "configmaps", "get", state), ("", "configmaps", "list", state), ("", "configmaps", "watch", state),
         ("", "configmaps", "patch", state),
         ("", "secrets", "get", ("meshdemo-ca",)), ("", "secrets", "patch", ("meshdemo-ca",)),
         ("apps", "deployments", "patch", ()),
-        ("", "events", "create", ()),
+    }  # fmt: skip
+
+
+def flat(rules: list[dict[str, Any]]) -> set[tuple[str, str, str, tuple[str, ...]]]:
+    return {
+        (group, resource, verb, tuple(rule.get("resourceNames", ())))
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def test_watch_in_the_cluster_only_looks_into_other_namespaces() -> None:
+    (role,) = [
+        one
+        for one in objects(APPS["pair"], observability=False, watch=POLICY)
+        if one["kind"] == "ClusterRole" and one["metadata"]["name"].endswith(":watch")
+    ]
+    assert flat(role["rules"]) == {
+        ("", "pods", "list", ()), ("", "services", "list", ()), ("discovery.k8s.io", "endpointslices", "list", ()),
     }  # fmt: skip
 
 

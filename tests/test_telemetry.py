@@ -12,9 +12,10 @@ import pytest
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
+from meshdemo.control.identity import service_of
 from meshdemo.control.model import Instance
 from meshdemo.control.signals import BOUNDS_MS, Cell, Histogram, Sample, bucket
-from meshdemo.control.telemetry import Export, Malformed, Store, decode, service_of
+from meshdemo.control.telemetry import Export, Malformed, Store, decode
 
 A, B = "spiffe://m/ns/default/sa/service-a", "spiffe://m/ns/default/sa/service-b"
 
@@ -159,7 +160,7 @@ def test_requests_in_flight_and_arrived() -> None:
 def test_a_caller_without_a_certificate_is_nobody() -> None:
     cell = cell_of(inbound(5, caller="-", tls="-"))
     assert (cell.peer, cell.identity, cell.secured) == ("", "", 0)
-    assert service_of("https://elsewhere/service-a") == ""
+    assert service_of("https://elsewhere/service-a", "n") == ""
 
 
 def test_other_bounds_go_where_their_middles_fall() -> None:

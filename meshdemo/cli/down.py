@@ -34,6 +34,8 @@ def command(
                 context.stderr.print(f"Mesh '{runtime.name}': {error.message}", markup=False, soft_wrap=True)
             continue
         removed += gone
+        for note in getattr(runtime, "notes", ()):
+            context.stderr.print(f"Note: {note}", markup=False, soft_wrap=True)
         context.say(f"Mesh '{runtime.name}' is down." if gone else f"No mesh '{runtime.name}' to remove.")
     if not runtimes:
         context.say("No mesh to remove.")

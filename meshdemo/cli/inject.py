@@ -31,8 +31,8 @@ def command(
 ) -> None:
     """Put a sidecar into every workload of Kubernetes manifests; all else stays as it is, to the byte.
 
-    The pods belong into the namespace of the mesh (--name). Exit status 1 if a workload was refused: it is
-    passed on as it was, and the reason is on standard error.
+    The pods may be in any namespace of the cluster that the mesh (--name) is in. Exit status 1 if a workload
+    was refused: it is passed on as it was, and the reason is on standard error.
     """
     from meshdemo.runtime.kubernetes import inject, sidecars
 
@@ -42,6 +42,7 @@ def command(
         context,
         file,
         lambda text: inject.inject(text, lambda pod: sidecars.additions(pod, context.name, chosen)),
+        sidecars.unknown(context.name),
     )
 
 
@@ -54,7 +55,10 @@ def uninject(ctx: typer.Context, file: _File) -> None:
 
 
 def _run(
-    context: _context.Context, file: str, change: Callable[[str], tuple[str, Sequence[Outcome]]]
+    context: _context.Context,
+    file: str,
+    change: Callable[[str], tuple[str, Sequence[Outcome]]],
+    note: str = "",
 ) -> None:
     text, outcomes = change(_read(file))
     if context.as_json:
@@ -65,6 +69,8 @@ def _run(
         for one in outcomes:
             reason = f": {one.reason}" if one.reason else ""
             context.stderr.print(f"{one.kind} {one.name}: {one.action}{reason}", markup=False, soft_wrap=True)
+    if note and any(one.action == "injected" for one in outcomes):
+        context.stderr.print(f"Note: {note}", markup=False, soft_wrap=True)
     if any(one.action == "refused" for one in outcomes):
         raise typer.Exit(1)
 

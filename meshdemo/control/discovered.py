@@ -3,6 +3,9 @@
 What an app file would say is told by the cluster: which pods a Service leads to (EndpointSlices), on which
 port, in which protocol, and which paths the kubelet probes. Pure.
 
+Whatever is not in the mesh's own namespace bears its namespace's name, too: the Service `web` of `shop` is
+`web.shop`, and has nothing to do with another `web`.
+
 A name is an identity here, so a pod does not get one by saying so: it is called like the Service that selects
 it (whoever may write Services has vouched for it), never like a label of ours. A pod that no Service leads to
 is in the mesh as a caller, under the name of its service account, which is what its token proves: all such
@@ -22,7 +25,7 @@ from typing import Any, cast
 
 from meshdemo.apps.model import GATEWAY, App, Protocol, Service, Workload
 from meshdemo.kube import Manifest
-from meshdemo.names import PROTOCOL, PROTOCOLS, SERVICE, TOLD_PROTOCOL, VERSION
+from meshdemo.names import PROTOCOL, PROTOCOLS, SERVICE, TOLD_PROTOCOL, VERSION, qualified
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _NOBODYS_PORT = 1  # of a pod that nobody calls
@@ -40,8 +43,18 @@ class Discovered:
     """The app with what was found besides it."""
 
     app: App
-    service_of: Mapping[str, str] = field(default_factory=dict)  # pod -> service
+    service_of: Mapping[str, str] = field(default_factory=dict)  # instance -> service
     ports: Mapping[str, int] = field(default_factory=dict)  # service -> the port that callers use
+
+
+def namespace_of(manifest: Manifest, home: str) -> str:
+    """The namespace of an object of a cluster."""
+    return str(manifest["metadata"].get("namespace") or home)
+
+
+def instance_of(pod: Manifest, home: str) -> str:
+    """What the mesh calls a pod."""
+    return qualified(str(pod["metadata"]["name"]), namespace_of(pod, home), home)
 
 
 def version_of(pod: Manifest) -> str:
@@ -75,59 +88,100 @@ def declared(app: App) -> App:
 
 
 def discover(
-    app: App, pods: Iterable[Manifest], slices: Iterable[Manifest], services: Iterable[Manifest]
+    app: App,
+    pods: Iterable[Manifest],
+    slices: Iterable[Manifest],
+    services: Iterable[Manifest],
+    home: str,
 ) -> Discovered:
-    """The declared app and, besides it, a service for every undeclared pod with a sidecar."""
-    unclaimed = {
-        pod["metadata"]["name"]: pod
-        for pod in pods
-        if pod["metadata"].get("labels", {}).get(SERVICE) not in app.services
-    }
-    if not unclaimed:
+    """The declared app and, besides it, a service for every undeclared pod with a sidecar.
+
+    Args:
+        home: the mesh's namespace, where the declared app is.
+    """
+    places: dict[str, _Place] = {}
+    for pod in pods:
+        namespace = namespace_of(pod, home)
+        if namespace != home or pod["metadata"].get("labels", {}).get(SERVICE) not in app.services:
+            place = places.setdefault(namespace, _Place(namespace, home))
+            place.pods[pod["metadata"]["name"]] = pod
+    if not places:
         return Discovered(app)
-    found: dict[str, Service] = {}
-    service_of: dict[str, str] = {}
-    ports: dict[str, int] = {}
-    waiting: set[str] = set()
-    taken = {*app.services, GATEWAY}  # the mesh's own
-    slices = list(slices)
-    services = sorted(services, key=lambda one: str(one["metadata"]["name"]))
+    for one in slices:
+        if (where := namespace_of(one, home)) in places:
+            places[where].slices.append(one)
     for one in services:
-        name = one["metadata"]["name"]
-        wanted = (one["spec"].get("ports") or [None])[0]
-        if name in taken or not _NAME.fullmatch(name) or wanted is None:
-            continue
-        members, target = _behind(name, wanted, slices)
-        selected = {pod for pod, manifest in unclaimed.items() if _selects(one, manifest)}
-        # Those get their name in a moment, and no other before.
-        waiting |= selected - set(members)
-        members = [pod for pod in members if pod in selected and pod not in service_of]
-        if not members or target is None:
-            continue
-        service_of.update(dict.fromkeys(members, name))
-        behind = [unclaimed[pod] for pod in members]
-        found[name] = _service(target, _protocol(wanted, target, behind), behind)
-        ports[name] = wanted["port"]
-    taken |= {str(one["metadata"]["name"]) for one in services}
-    callers: dict[str, list[Manifest]] = {}
-    for pod_name, pod in unclaimed.items():
-        if pod_name in service_of or pod_name in waiting:
-            continue
-        name = caller_of(account_of(pod))
-        # What a Service is called is no caller's, too. An account whose name is none of ours is left out:
-        # made into one, it could be another account's.
-        if name not in taken and _NAME.fullmatch(name):
-            service_of[pod_name] = name
-            callers.setdefault(name, []).append(pod)
-    found |= {name: _service(_NOBODYS_PORT, "http", of) for name, of in callers.items()}
+        if (where := namespace_of(one, home)) in places:
+            places[where].services.append(one)
+    for place in places.values():
+        place.discover({*app.services, GATEWAY} if place.namespace == home else set())
+    found = {name: service for place in places.values() for name, service in place.found.items()}
     # Who calls whom is not written down anywhere, so they may all call each other.
     names = [*found]
     open_to_each_other = {
         name: service.model_copy(update={"calls": [other for other in names if other != name]})
         for name, service in found.items()
     }
-    whole = app.model_copy(update={"services": {**app.services, **open_to_each_other}})
-    return Discovered(whole, service_of, ports)
+    return Discovered(
+        app.model_copy(update={"services": {**app.services, **open_to_each_other}}),
+        {pod: name for place in places.values() for pod, name in place.service_of.items()},
+        {name: port for place in places.values() for name, port in place.ports.items()},
+    )
+
+
+class _Place:
+    """What is found in one namespace."""
+
+    def __init__(self, namespace: str, home: str) -> None:
+        self.namespace, self._home = namespace, home
+        self.pods: dict[str, Manifest] = {}
+        self.slices: list[Manifest] = []
+        self.services: list[Manifest] = []
+        self.found: dict[str, Service] = {}
+        self.service_of: dict[str, str] = {}
+        self.ports: dict[str, int] = {}
+
+    def discover(self, taken: set[str]) -> None:
+        """Find the services. `taken`: names within this namespace that are the mesh's own."""
+        service_of: dict[str, str] = {}  # both names within the namespace
+        waiting: set[str] = set()
+        for one in sorted(self.services, key=lambda one: str(one["metadata"]["name"])):
+            name = str(one["metadata"]["name"])
+            wanted = (one["spec"].get("ports") or [None])[0]
+            if name in taken or not _NAME.fullmatch(name) or wanted is None:
+                continue
+            members, target = _behind(name, wanted, self.slices)
+            selected = {pod for pod, manifest in self.pods.items() if _selects(one, manifest)}
+            # Those get their name in a moment, and no other before.
+            waiting |= selected - set(members)
+            members = [pod for pod in members if pod in selected and pod not in service_of]
+            if not members or target is None:
+                continue
+            service_of.update(dict.fromkeys(members, name))
+            behind = [self.pods[pod] for pod in members]
+            self._add(name, _service(target, _protocol(wanted, target, behind), behind), wanted["port"])
+        taken = taken | {str(one["metadata"]["name"]) for one in self.services}
+        callers: dict[str, list[Manifest]] = {}
+        for pod_name, pod in self.pods.items():
+            if pod_name in service_of or pod_name in waiting:
+                continue
+            name = caller_of(account_of(pod))
+            # What a Service is called is no caller's, too. An account whose name is none of ours is left out:
+            # made into one, it could be another account's.
+            if name not in taken and _NAME.fullmatch(name):
+                service_of[pod_name] = name
+                callers.setdefault(name, []).append(pod)
+        for name, of in callers.items():
+            self._add(name, _service(_NOBODYS_PORT, "http", of), None)
+        self.service_of = {self._called(pod): self._called(name) for pod, name in service_of.items()}
+
+    def _add(self, name: str, service: Service, port: int | None) -> None:
+        self.found[self._called(name)] = service
+        if port is not None:
+            self.ports[self._called(name)] = port
+
+    def _called(self, name: str) -> str:
+        return qualified(name, self.namespace, self._home)
 
 
 def _selects(service: Manifest, pod: Manifest) -> bool:

@@ -33,6 +33,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from meshdemo.control.model import Instance, MeshState
 from meshdemo.errors import Failed
 from meshdemo.files import write_atomic
+from meshdemo.names import parted, qualified
 
 CONTROL_PLANE_NAME = "control-plane.meshdemo"
 """The name in the control plane's certificate; no instance gets a certificate with it."""
@@ -49,8 +50,17 @@ def trust_domain(mesh: str) -> str:
 
 
 def spiffe_id(mesh: str, namespace: str, service: str) -> str:
-    """The identity of a service's instances."""
-    return f"{trust_domain(mesh)}/ns/{namespace}/sa/{service}"
+    """The identity of a service's instances. `namespace`: the mesh's own; `service` may name another."""
+    name, its = parted(service, namespace)
+    return f"{trust_domain(mesh)}/ns/{its}/sa/{name}"
+
+
+def service_of(identity: str, home: str) -> str:
+    """The service that a SPIFFE id belongs to, as the mesh of the namespace `home` calls it; '' if none."""
+    if not identity.startswith("spiffe://"):
+        return ""
+    path = identity.split("/")
+    return qualified(path[-1], path[-3], home) if path[-4:-3] == ["ns"] else path[-1]
 
 
 @dataclass(frozen=True, slots=True)

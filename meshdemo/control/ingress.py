@@ -1,8 +1,8 @@
 """Ingress and HTTPRoute objects -> where the gateway leads. Pure.
 
-Ingresses of the class `meshdemo` are obeyed, and HTTPRoutes whose parent is the Gateway `meshdemo`; they may
-name services of the mesh. What cannot be obeyed is said (a `Problem`), and the rest goes on. Requests for
-what leads nowhere are answered with 503.
+Ingresses of the class `meshdemo` are obeyed, and HTTPRoutes whose parent is the Gateway `meshdemo` of the
+mesh's namespace; they may name services of the mesh in their own namespace. What cannot be obeyed is said (a
+`Problem`), and the rest goes on. Requests for what leads nowhere are answered with 503.
 
 Ingress: https://kubernetes.io/docs/reference/kubernetes-api/service-resources/ingress-v1/
 HTTPRoute: https://gateway-api.sigs.k8s.io/reference/spec/#httproute
@@ -17,7 +17,7 @@ from typing import Any
 from meshdemo.apps.model import App
 from meshdemo.control.model import Entry
 from meshdemo.kube import Manifest
-from meshdemo.names import PREFIX
+from meshdemo.names import PREFIX, parted, qualified
 
 CLASS = "meshdemo"
 """The IngressClass, and the Gateway that HTTPRoutes name as their parent."""
@@ -57,15 +57,21 @@ def translate(
     routes: Iterable[Manifest],
     services: Iterable[Manifest],
     app: App,
-    namespace: str,
+    home: str,
 ) -> Entrance:
-    """What these objects ask for. `services`: the Services there are; `app`: all services of the mesh."""
-    known = _Known(app, {one["metadata"]["name"]: one for one in services}, namespace)
+    """What these objects ask for, each of the services of its own namespace.
+
+    Args:
+        services: the Services there are.
+        app: all services of the mesh.
+        home: the mesh's namespace.
+    """
+    known = _Known(app, {_named(one["metadata"]["name"], one, home): one for one in services}, home)
     entries: list[Entry] = []
     found: dict[str, list[Verdict]] = {"Ingress": [], "HTTPRoute": []}
     for kind, objects, is_ours, read in (
         ("Ingress", ingresses, _is_ours, _of_ingress),
-        ("HTTPRoute", routes, lambda one: bool(_our_parents(one, namespace)), _of_route),
+        ("HTTPRoute", routes, lambda one: bool(_our_parents(one, home)), _of_route),
     ):
         for one in sorted(objects, key=_age):
             if is_ours(one):
@@ -73,6 +79,15 @@ def translate(
                 entries += read(one, known, problems)
                 found[kind].append(Verdict(one, tuple(dict.fromkeys(problems))))
     return Entrance(tuple(entries), tuple(found["Ingress"]), tuple(found["HTTPRoute"]))
+
+
+def _named(name: Any, of: Manifest, home: str) -> str:
+    """What the mesh calls a service that an object names."""
+    return qualified(str(name), _namespace(of, home), home)
+
+
+def _namespace(of: Manifest, home: str) -> str:
+    return str(of["metadata"].get("namespace") or home)
 
 
 def _age(one: Manifest) -> tuple[str, str]:
@@ -83,16 +98,20 @@ def _age(one: Manifest) -> tuple[str, str]:
 @dataclass(frozen=True, slots=True)
 class _Known:
     app: App
-    services: Mapping[str, Manifest]
-    namespace: str
+    services: Mapping[str, Manifest]  # by what the mesh calls them
+    home: str
 
-    def backend(self, name: str, port: int | str | None) -> str | Problem:
+    def backend(self, of: Manifest, named: str, port: int | str | None) -> str | Problem:
         """The service that an object means, or why there is none."""
+        name = _named(named, of, self.home)
         service = self.app.services.get(name)
         if service is None:
-            there = ", ".join(self.app.services)
+            where = _namespace(of, self.home)
+            there = [other for other in self.app.services if parted(other, self.home)[1] == where]
             return Problem(
-                "BackendNotFound", f"service '{name}' is not in the mesh; there are: {there}", True
+                "BackendNotFound",
+                f"service '{name}' is not in the mesh; there are: {', '.join(there) or 'none'}",
+                True,
             )
         if service.protocol == "tcp":
             return Problem("UnsupportedProtocol", f"service '{name}' does not speak HTTP", True)
@@ -132,19 +151,21 @@ def _of_ingress(ingress: Manifest, known: _Known, problems: list[Problem]) -> It
                 host=rule.get("host") or "*",
                 path=where,
                 exact=path.get("pathType") == "Exact",
-                backends=_ingress_backend(path.get("backend") or {}, known, problems),
+                backends=_ingress_backend(ingress, path.get("backend") or {}, known, problems),
             )
     if spec.get("defaultBackend"):
-        yield Entry(default=True, backends=_ingress_backend(spec["defaultBackend"], known, problems))
+        yield Entry(default=True, backends=_ingress_backend(ingress, spec["defaultBackend"], known, problems))
 
 
-def _ingress_backend(backend: Mapping[str, Any], known: _Known, problems: list[Problem]) -> dict[str, int]:
+def _ingress_backend(
+    ingress: Manifest, backend: Mapping[str, Any], known: _Known, problems: list[Problem]
+) -> dict[str, int]:
     service = backend.get("service")
     if not service:
         problems.append(Problem("UnsupportedBackend", "a backend must be a service"))
         return {}
     port = service.get("port") or {}
-    found = known.backend(str(service.get("name")), port.get("number") or port.get("name"))
+    found = known.backend(ingress, str(service.get("name")), port.get("number") or port.get("name"))
     if isinstance(found, Problem):
         problems.append(found)
         return {}
@@ -174,20 +195,20 @@ def ingress_status(ingress: Manifest, at: Sequence[Mapping[str, str]]) -> dict[s
 # -- HTTPRoute ---------------------------------------------------------------------------------------------
 
 
-def _our_parents(route: Manifest, namespace: str) -> list[dict[str, Any]]:
+def _our_parents(route: Manifest, home: str) -> list[dict[str, Any]]:
     return [
         parent
         for parent in route.get("spec", {}).get("parentRefs") or ()
         if parent.get("name") == CLASS
         and parent.get("kind", "Gateway") == "Gateway"
-        and parent.get("namespace", namespace) == namespace
+        and parent.get("namespace", _namespace(route, home)) == home
     ]
 
 
 def _of_route(route: Manifest, known: _Known, problems: list[Problem]) -> Iterator[Entry]:
     spec = route.get("spec", {})
     for rule in spec.get("rules") or ():
-        backends = _route_backends(rule, known, problems)
+        backends = _route_backends(route, rule, known, problems)
         for match in rule.get("matches") or [{}]:
             unsupported = _unsupported(match)
             if unsupported:
@@ -214,7 +235,9 @@ def _unsupported(match: Mapping[str, Any]) -> str:
     return "this gateway matches no query parameters" if match.get("queryParams") else ""
 
 
-def _route_backends(rule: Mapping[str, Any], known: _Known, problems: list[Problem]) -> dict[str, int]:
+def _route_backends(
+    route: Manifest, rule: Mapping[str, Any], known: _Known, problems: list[Problem]
+) -> dict[str, int]:
     named = rule.get("backendRefs") or ()
     filters = [*(rule.get("filters") or ()), *(f for one in named for f in one.get("filters") or ())]
     if filters:
@@ -225,17 +248,18 @@ def _route_backends(rule: Mapping[str, Any], known: _Known, problems: list[Probl
     if rule.get("timeouts"):
         problems.append(Problem("UnsupportedValue", "`timeouts` has no effect; see `meshdemo traffic set`"))
     backends: dict[str, int] = {}
+    where = _namespace(route, known.home)
     for one in named:
         if one.get("kind", "Service") != "Service" or one.get("group"):
             problems.append(
                 Problem("InvalidKind", f"a backend must be a Service, not {one.get('kind')}", True)
             )
             continue
-        if one.get("namespace", known.namespace) != known.namespace:
+        if one.get("namespace", where) != where:
             message = f"service '{one['name']}' is in another namespace: {one['namespace']}"
             problems.append(Problem("RefNotPermitted", message, True))
             continue
-        found = known.backend(str(one.get("name")), one.get("port"))
+        found = known.backend(route, str(one.get("name")), one.get("port"))
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -243,8 +267,13 @@ def _route_backends(rule: Mapping[str, Any], known: _Known, problems: list[Probl
     return backends
 
 
-def route_status(verdict: Verdict, namespace: str, now: str) -> dict[str, Any] | None:
-    """The status that an HTTPRoute should have; None if it has it. `now`: RFC 3339."""
+def route_status(verdict: Verdict, home: str, now: str) -> dict[str, Any] | None:
+    """The status that an HTTPRoute should have; None if it has it.
+
+    Args:
+        home: the mesh's namespace.
+        now: RFC 3339.
+    """
     route = verdict.manifest
     before = route.get("status", {}).get("parents") or []
     ours = [
@@ -253,7 +282,7 @@ def route_status(verdict: Verdict, namespace: str, now: str) -> dict[str, Any] |
             "controllerName": CONTROLLER,
             "conditions": _conditions(verdict, before, parent, now),
         }
-        for parent in _our_parents(route, namespace)
+        for parent in _our_parents(route, home)
     ]
     mine = [one for one in before if one.get("controllerName") == CONTROLLER]
     if mine == ours:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from meshdemo.apps.model import GATEWAY, App
 from meshdemo.control import ingress
-from meshdemo.control.discovered import account_of, discover, version_of
+from meshdemo.control.discovered import account_of, discover, instance_of, namespace_of, version_of
 from meshdemo.control.intent import Overtaken
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.errors import Failed, MeshdemoError
@@ -39,12 +39,15 @@ from meshdemo.names import (
     PROXY_PORT,
     REVISION,
     SERVICE,
+    handout,
+    qualified,
 )
 
 log = logging.getLogger(__name__)
 
 _RESYNC_S = 300.0
 _ABSENT_S = 30.0  # until a kind that the cluster did not have is looked for again
+_OF_SERVICE = "kubernetes.io/service-name"  # the label of an EndpointSlice
 _OVER = frozenset(("Succeeded", "Failed"))  # phases of pods that do not come back
 
 
@@ -63,7 +66,7 @@ class Reflector:
         self,
         cluster: Cluster,
         kind: str,
-        namespace: str,
+        namespace: str | None,
         changed: Callable[[], None],
         *,
         labels: str = "",
@@ -73,6 +76,8 @@ class Reflector:
         absent_pause_s: float | None = None,
     ) -> None:
         """`changed` is called in the reflector's thread after each change of `objects`.
+
+        `namespace`: None for all of them.
 
         `absent_pause_s`: the cluster may not have the kind; then there are no objects, and it is looked for
         again after so long.
@@ -84,7 +89,7 @@ class Reflector:
         self._resync_s = resync_s
         self._first_pause_s = first_pause_s
         self._absent_pause_s = absent_pause_s
-        self._objects: dict[str, Manifest] = {}
+        self._objects: dict[tuple[str, str], Manifest] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"reflector of {kind}", daemon=True)
 
@@ -157,8 +162,9 @@ class Reflector:
         return version
 
 
-def _key(manifest: Manifest) -> str:
-    return str(manifest["metadata"]["name"])
+def _key(manifest: Manifest) -> tuple[str, str]:
+    meta = manifest["metadata"]
+    return str(meta.get("namespace", "")), str(meta["name"])
 
 
 def mesh_state(
@@ -176,33 +182,38 @@ def mesh_state(
     """
     slices = list(slices)
     serving = {
-        (one["metadata"].get("labels", {}).get("kubernetes.io/service-name"), endpoint["targetRef"]["name"])
+        (
+            _called(one["metadata"].get("labels", {}).get(_OF_SERVICE), one, namespace),
+            endpoint["targetRef"]["name"],
+        )
         for one in slices
         for endpoint in one.get("endpoints") or ()
         if (endpoint.get("conditions") or {}).get("ready") and endpoint.get("targetRef")
     }
     services = list(services)
-    at_the_edge, pods = _parted(pods)
-    whole = discover(app, pods, slices, services)
+    at_the_edge, pods = _parted(pods, namespace)
+    whole = discover(app, pods, slices, services, namespace)
     ours, app = app.services, whole.app
     addresses = {
-        one["metadata"]["name"]: one["spec"]["clusterIP"]
+        name: one["spec"]["clusterIP"]
         for one in services
-        if one["metadata"]["name"] in app.services and one["spec"].get("clusterIP", "None") != "None"
+        if (name := _called(one["metadata"]["name"], one, namespace)) in app.services
+        and one["spec"].get("clusterIP", "None") != "None"
     }
     instances = []
     for pod in sorted(pods, key=_key):
         meta, labels = pod["metadata"], pod["metadata"].get("labels", {})
-        label = labels.get(SERVICE, "")
+        label, pod_id = labels.get(SERVICE, ""), instance_of(pod, namespace)
         # The label names a service of the app alone: for that the pod's token must be of its account.
-        name = label if label in ours else whole.service_of.get(meta["name"], "")
+        at_home = namespace_of(pod, namespace) == namespace
+        name = label if at_home and label in ours else whole.service_of.get(pod_id, "")
         service = app.services.get(name)
         if service is None or pod.get("status", {}).get("phase") in _OVER:
             continue
         revision = meta.get("annotations", {}).get(REVISION, "1")
         instances.append(
             Instance(
-                id=meta["name"],
+                id=pod_id,
                 service=name,
                 version=version_of(pod),
                 revision=int(revision) if revision.isdigit() else 1,
@@ -226,13 +237,18 @@ def mesh_state(
     )
 
 
-def _parted(pods: Iterable[Manifest]) -> tuple[list[Manifest], list[Manifest]]:
+def _called(name: Any, of: Manifest, home: str) -> str:
+    """What the mesh calls a service that an object of its namespace names."""
+    return qualified(str(name), namespace_of(of, home), home)
+
+
+def _parted(pods: Iterable[Manifest], home: str) -> tuple[list[Manifest], list[Manifest]]:
     """The gateway's pods, and the others; one that merely calls itself so is neither."""
     edge: list[Manifest] = []
     others: list[Manifest] = []
     for pod in pods:
         labels = pod["metadata"].get("labels", {})
-        if labels.get(SERVICE) != GATEWAY:
+        if labels.get(SERVICE) != GATEWAY or namespace_of(pod, home) != home:
             others.append(pod)
         elif labels.get(COMPONENT) == GATEWAY and pod.get("status", {}).get("phase") not in _OVER:
             edge.append(pod)
@@ -262,64 +278,133 @@ def _is_ready(pod: Manifest, serves: bool, *, called: bool) -> bool:
     return serves or (not called and any(c["type"] == "Ready" and c["status"] == "True" for c in conditions))
 
 
+class _Surroundings:
+    """What is watched of a namespace besides its pods."""
+
+    def __init__(self, make: Callable[..., Reflector], namespace: str) -> None:
+        # Of injected pods, the Services are not ours and carry no label of ours.
+        self.slices = make("EndpointSlice", namespace)
+        self.services = make("Service", namespace)
+        self.ingresses = make("Ingress", namespace)
+        self.http_routes = make("HTTPRoute", namespace, absent_pause_s=_ABSENT_S)
+        self.reflectors = (self.slices, self.services, self.ingresses, self.http_routes)
+
+    def start(self) -> None:
+        for reflector in self.reflectors:
+            reflector.start()
+
+    def stop(self) -> None:
+        for reflector in self.reflectors:
+            reflector.stop()
+
+    @property
+    def listed(self) -> bool:
+        return all(reflector.listed.is_set() for reflector in self.reflectors)
+
+
 class Source:
-    """The mesh as the API server shows it, whenever it changes."""
+    """The mesh as the API server shows it, whenever it changes.
+
+    Pods of the mesh are looked for everywhere, since anybody may inject theirs; all else is watched in the
+    mesh's own namespace, and in others for as long as there are pods of the mesh in them.
+    """
 
     def __init__(self, cluster: Cluster, mesh: str, namespace: str) -> None:
         self._mesh, self._namespace = mesh, namespace
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event = asyncio.Event()
-        of_mesh = f"{MESH}={mesh}"
 
         def reflector(
-            kind: str, *, labels: str = "", fields: str = "", absent_pause_s: float | None = None
+            kind: str,
+            within: str | None,
+            *,
+            labels: str = "",
+            fields: str = "",
+            absent_pause_s: float | None = None,
         ) -> Reflector:
             return Reflector(
-                cluster, kind, namespace, self._changed, labels=labels, fields=fields,
+                cluster, kind, within, self._changed, labels=labels, fields=fields,
                 absent_pause_s=absent_pause_s,
             )  # fmt: skip
 
-        self._pods = reflector("Pod", labels=f"{of_mesh},{SERVICE}")
-        # Of injected pods, the Services are not ours and carry no label of ours.
-        self._slices = reflector("EndpointSlice")
-        self._services = reflector("Service")
-        self._spec = reflector("ConfigMap", fields=f"metadata.name={SPEC}")
-        self._ingresses = reflector("Ingress")
-        self._http_routes = reflector("HTTPRoute", absent_pause_s=_ABSENT_S)
-        self._reflectors = (
-            self._pods, self._slices, self._services, self._spec, self._ingresses, self._http_routes,
-        )  # fmt: skip
+        self._pods = reflector("Pod", None, labels=f"{MESH}={mesh},{SERVICE}")
+        self._spec = reflector("ConfigMap", namespace, fields=f"metadata.name={SPEC}")
+        self._make = reflector
+        self._around = {namespace: _Surroundings(reflector, namespace)}
+        self._looking = threading.Lock()  # the loop and the API's threads ask for the mesh
+        self._complete = False
         self.entrance = ingress.Entrance()
 
     async def start(self) -> MeshState:
         """Start watching; the mesh as it is once everything was listed."""
         self._loop = asyncio.get_running_loop()
-        for reflector in self._reflectors:
-            reflector.start()
+        self._pods.start()
+        self._spec.start()
+        self._around[self._namespace].start()
         while (state := self.mesh()) is None:
             await self.change()
         return state
 
     def stop(self) -> None:
         """Stop watching."""
-        for reflector in self._reflectors:
-            reflector.stop()
+        for around in self._around.values():
+            around.stop()
+        self._pods.stop()
+        self._spec.stop()
 
     def mesh(self) -> MeshState | None:
         """The mesh now; None while not everything was listed, or the app is not written down yet."""
-        if not all(reflector.listed.is_set() for reflector in self._reflectors):
+        if not (self._pods.listed.is_set() and self._spec.listed.is_set()):
+            return None
+        surroundings = self._look_around()
+        listed = {name: around for name, around in surroundings.items() if around.listed}
+        # At first nobody may be missing: whoever was there before would be taken for gone. Later on, a new
+        # namespace keeps nobody waiting.
+        if not self._complete and len(listed) < len(surroundings):
             return None
         app = app_of(self._spec.objects)
         if app is None:
             return None
-        services = self._services.objects
+        self._complete = True
+        services = [one for around in listed.values() for one in around.services.objects]
         state = mesh_state(
-            self._mesh, self._namespace, app, self._pods.objects, self._slices.objects, services
+            self._mesh,
+            self._namespace,
+            app,
+            [pod for pod in self._pods.objects if namespace_of(pod, self._namespace) in listed],
+            [one for around in listed.values() for one in around.slices.objects],
+            services,
         )
         self.entrance = ingress.translate(
-            self._ingresses.objects, self._http_routes.objects, services, state.app, self._namespace
+            [one for around in listed.values() for one in around.ingresses.objects],
+            [one for around in listed.values() for one in around.http_routes.objects],
+            services,
+            state.app,
+            self._namespace,
         )
         return state.model_copy(update={"entries": self.entrance.entries})
+
+    def _look_around(self) -> dict[str, _Surroundings]:
+        """Watch the namespaces that have pods of the mesh, and no others."""
+        with self._looking:
+            wanted = {self._namespace, *(namespace_of(pod, self._namespace) for pod in self._pods.objects)}
+            for gone in self._around.keys() - wanted:
+                self._around.pop(gone).stop()
+            for new in wanted - self._around.keys():
+                self._around[new] = _Surroundings(self._make, new)
+                self._around[new].start()
+            return dict(self._around)
+
+    def guests(self) -> set[str]:
+        """The namespaces with pods that were injected."""
+        app = app_of(self._spec.objects)
+        ours = {GATEWAY, *(app.services if app else ())}
+        return {
+            namespace
+            for pod in self._pods.objects
+            if (namespace := namespace_of(pod, self._namespace)) != self._namespace
+            or pod["metadata"]["labels"].get(SERVICE) not in ours
+        }
 
     async def change(self) -> None:
         """Returns when something has changed since the last call."""
@@ -330,28 +415,30 @@ class Source:
 
     @property
     def services(self) -> list[Manifest]:
-        """The Services of the namespace."""
-        return self._services.objects
+        """The Services of the mesh's namespace."""
+        return self._around[self._namespace].services.objects
 
     @property
     def spec(self) -> Manifest | None:
         """The ConfigMap that holds the mesh's spec."""
         return next(iter(self._spec.objects), None)
 
-    def account(self, instance: Instance, pod: Manifest) -> str:
-        """Under which service account an instance must run to be one of its service.
+    def user(self, instance: Instance, pod: Manifest) -> str:
+        """As whom (a service account) a pod must run to be this instance.
 
-        A declared service has one of its own, so that nobody is it who merely labels a pod so. Injected pods
-        run under whatever account they had.
+        A declared service has an account of its own, so that nobody is it who merely labels a pod so.
+        Injected pods run under whatever account they had.
         """
         app = app_of(self._spec.objects)
-        if instance.service == GATEWAY or (app is not None and instance.service in app.services):
-            return instance.service
-        return account_of(pod)
+        declared = instance.service == GATEWAY or (app is not None and instance.service in app.services)
+        account = instance.service if declared else account_of(pod)
+        return f"system:serviceaccount:{namespace_of(pod, self._namespace)}:{account}"
 
-    def pod(self, name: str) -> Manifest | None:
-        """The pod of this name."""
-        return next((pod for pod in self._pods.objects if _key(pod) == name), None)
+    def pod(self, instance: str) -> Manifest | None:
+        """The pod of an instance."""
+        return next(
+            (pod for pod in self._pods.objects if instance_of(pod, self._namespace) == instance), None
+        )
 
     def _changed(self) -> None:
         if self._loop is not None and not self._loop.is_closed():
@@ -388,14 +475,12 @@ class TokenReviews:
         proof = await self._proof(token)
         if proof is None:
             return None
-        pod = self._source.pod(proof.pod)
+        instance = qualified(proof.pod, proof.namespace, mesh.namespace)
+        pod = self._source.pod(instance)
         if pod is None or pod["metadata"].get("uid") != proof.uid:
             return None
-        found = next((one for one in mesh.sidecars if one.id == proof.pod), None)
-        if found is None:
-            return None
-        account = self._source.account(found, pod)
-        return found if proof.user == f"system:serviceaccount:{mesh.namespace}:{account}" else None
+        found = next((one for one in mesh.sidecars if one.id == instance), None)
+        return found if found is not None and proof.user == self._source.user(found, pod) else None
 
     async def _proof(self, token: str) -> _Proof | None:
         if not token:
@@ -426,20 +511,21 @@ class TokenReviews:
 class _Proof:
     """Whom a reviewed token belongs to."""
 
-    __slots__ = ("pod", "uid", "user")
+    __slots__ = ("namespace", "pod", "uid", "user")
 
     def __init__(self, user: str, pod: str, uid: str) -> None:
         self.user, self.pod, self.uid = user, pod, uid
+        self.namespace = user.split(":")[2]  # system:serviceaccount:NAMESPACE:ACCOUNT
 
 
 def _proven(status: Mapping[str, Any]) -> _Proof | None:
     if not status.get("authenticated") or AUDIENCE not in status.get("audiences", ()):
         return None
     user = status.get("user", {})
-    extra = user.get("extra", {})
+    name, extra = user.get("username", ""), user.get("extra", {})
     pod = extra.get("authentication.kubernetes.io/pod-name", [""])[0]
     uid = extra.get("authentication.kubernetes.io/pod-uid", [""])[0]
-    return _Proof(user.get("username", ""), pod, uid) if pod and uid else None
+    return _Proof(name, pod, uid) if pod and uid and name.startswith("system:serviceaccount:") else None
 
 
 # -- where things are kept ---------------------------------------------------------------------------------
@@ -576,6 +662,63 @@ class AuthorityKeeper:
             )
             self._trusted = trusted
             return True
+
+
+class Handouts:
+    """What sidecars of injected pods start from, as a ConfigMap in every namespace that has some.
+
+    A pod can mount what is in its own namespace alone. It holds nothing secret: whom to trust, and where the
+    control plane is.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        mesh: str,
+        guests: Callable[[], set[str]],
+        files: Mapping[str, str],
+        trust: Path,
+    ) -> None:
+        """`guests`: the namespaces; `files`: by name, what is the same for all; `trust`: the file of whom to
+        trust."""
+        self._cluster, self._mesh, self._guests = cluster, mesh, guests
+        self._files, self._trust = files, trust
+        self._kept: dict[str, tuple[str, float]] = {}  # namespace -> what it was given, and when
+
+    def save(self) -> bool:
+        """Give the namespaces what they lack, and now and then anew what somebody may have removed.
+
+        Raises Failed, once all others have theirs, if a namespace does not take it.
+        """
+        now, trust = time.monotonic(), self._trust.read_text()
+        guests = self._guests()
+        self._kept = {namespace: kept for namespace, kept in self._kept.items() if namespace in guests}
+        failures: list[MeshdemoError] = []
+        due = [one for one in sorted(guests) if not self._has(one, trust, now)]
+        for namespace in due:
+            try:
+                self._cluster.apply(self._manifest(namespace, trust))
+                self._kept[namespace] = trust, now
+            except MeshdemoError as error:
+                failures.append(Failed(f"{handout(self._mesh)} in {namespace}: {error.message}"))
+        if failures:
+            raise failures[0]
+        return bool(due)
+
+    def _has(self, namespace: str, trust: str, now: float) -> bool:
+        kept, at = self._kept.get(namespace, ("", 0.0))
+        return kept == trust and now - at < _RESYNC_S
+
+    def _manifest(self, namespace: str, trust: str) -> Manifest:
+        labels = {MESH: self._mesh, COMPONENT: "handout", "app.kubernetes.io/managed-by": "meshdemo"}
+        # By server-side apply, whose right to create can be given for one name; that of a POST cannot
+        # (https://github.com/kubernetes/kubernetes/issues/80295).
+        return {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": handout(self._mesh), "namespace": namespace, "labels": labels},
+            "data": {**self._files, self._trust.name: trust},
+        }
 
 
 class _Keeps(Protocol):

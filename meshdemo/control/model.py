@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from meshdemo.apps.model import App
 
+HOME = "default"
+"""The namespace of a mesh that is not in a cluster."""
+
 
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,7 +56,7 @@ class MeshState(_Value):
     """What a runtime tells the control plane: the app and its instances (`instances.json` locally)."""
 
     mesh: str
-    namespace: str = "default"
+    namespace: str = HOME
     app: App
     instances: tuple[Instance, ...] = ()
     gateways: tuple[Instance, ...] = Field(

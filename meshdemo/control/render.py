@@ -772,13 +772,10 @@ def _mirrors(traffic: Traffic) -> dict[str, float]:
     return {version: share for version, share in traffic.mirror.items() if share}
 
 
-def _domains(service: str, namespace: str) -> list[str]:
-    return [
-        service,
-        f"{service}.{namespace}",
-        f"{service}.{namespace}.svc",
-        f"{service}.{namespace}.svc.cluster.local",
-    ]
+def _domains(service: str, home: str) -> list[str]:
+    name, namespace = names.parted(service, home)
+    short = [name] if namespace == home else []
+    return short + [f"{name}.{namespace}{suffix}" for suffix in ("", ".svc", ".svc.cluster.local")]
 
 
 def _with_hosts(frame: RouteConfiguration, hosts: Sequence[VirtualHost]) -> RouteConfiguration:

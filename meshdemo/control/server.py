@@ -157,12 +157,14 @@ async def serve(place: Place, backend: Backend | None = None) -> None:
         intents=backend.intents,
         keep_authority=backend.keep_authority,
     )
-    tap = Tap(plane.set_tap, plane.authenticate)
+    tap = Tap(plane.set_tap, plane.authenticate, home=mesh.namespace)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
         (
             *plane.handlers(),
-            telemetry.handler(store, plane.authenticate, totals.sample, plane.real_share),
+            telemetry.handler(
+                store, plane.authenticate, totals.sample, plane.real_share, home=mesh.namespace
+            ),
             tap.handler(),
         )
     )

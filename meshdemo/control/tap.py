@@ -22,10 +22,12 @@ from envoy.data.accesslog.v3 import accesslog_pb2
 from envoy.service.accesslog.v3 import als_pb2
 
 from meshdemo.control.client import TAP_PER_S, TAP_STATUS
-from meshdemo.control.model import Instance
+from meshdemo.control.identity import service_of
+from meshdemo.control.model import HOME, Instance
 from meshdemo.control.signals import MIRRORED
-from meshdemo.control.telemetry import BROKEN_OFF, Authenticate, service_of
+from meshdemo.control.telemetry import BROKEN_OFF, Authenticate
 from meshdemo.errors import BadInput, Failed
+from meshdemo.names import parted, qualified
 
 if TYPE_CHECKING:
     from meshdemo.control.client import TapEvent
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 _QUEUE = 2_000
 _MAX_SESSIONS = 8  # each holds a thread of the API
 _MAX_PATH = 1_000
-_HOST = re.compile(r"([a-z][-a-z0-9]*)(\.[-a-z0-9.]+)?(:\d+)?$")
+_HOST = re.compile(r"([a-z][-a-z0-9]*)(?:\.([-a-z0-9]+)[-a-z0-9.]*)?(:\d+)?$")  # SERVICE.NAMESPACE.svc
 _RESPONSE: bytes = als_pb2.StreamAccessLogsResponse().SerializeToString()
 
 # https://www.envoyproxy.io/docs/envoy/latest/configuration/observability/access_log/usage (RESPONSE_FLAGS)
@@ -155,6 +157,7 @@ class Tap:
 
     Args:
         switch: has the sidecars send their access logs, or stop; returns when they do.
+        home: the mesh's namespace.
     """
 
     def __init__(
@@ -162,7 +165,10 @@ class Tap:
         switch: Callable[[bool], Awaitable[object]],
         authenticate: Authenticate,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        home: str = HOME,
     ) -> None:
+        self._home = home
         self._switch = switch
         self._authenticate = authenticate
         self._clock = clock
@@ -233,7 +239,7 @@ class Tap:
                 continue
             message = message or als_pb2.StreamAccessLogsMessage.FromString(raw)
             for entry in message.http_logs.log_entry:
-                event = (answered_by_caller if outbound else event_of)(entry, instance)
+                event = (answered_by_caller if outbound else event_of)(entry, instance, self._home)
                 if not event["service"]:
                     continue
                 for session in sessions:
@@ -242,8 +248,8 @@ class Tap:
         return _RESPONSE
 
 
-def event_of(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance) -> TapEvent:
-    """An access log entry of an instance's sidecar as a tap event."""
+def event_of(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance, home: str) -> TapEvent:
+    """An access log entry of an instance's sidecar as a tap event. `home`: the mesh's namespace."""
     common, request, response = entry.common_properties, entry.request, entry.response
     peer = common.tls_properties.peer_certificate_properties.subject_alt_name
     took = common.time_to_last_downstream_tx_byte
@@ -254,7 +260,7 @@ def event_of(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance) -> Tap
     )
     return {
         "time": common.start_time.seconds + common.start_time.nanos / 1e9,
-        "caller": next((service_of(name.uri) for name in peer if name.uri), ""),
+        "caller": next((service_of(name.uri, home) for name in peer if name.uri), ""),
         "service": instance.service,
         "version": instance.version,
         "instance": instance.id,
@@ -271,13 +277,14 @@ def event_of(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance) -> Tap
     }
 
 
-def answered_by_caller(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance) -> TapEvent:
+def answered_by_caller(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance, home: str) -> TapEvent:
     """An access log entry of a caller's sidecar, of a request that it answered itself."""
     service, _, version = entry.common_properties.upstream_cluster.partition("/")
     if not service and (host := _HOST.match(entry.request.authority)):
-        service = host[1]  # refused before an instance was chosen: Envoy does not say of which cluster
+        # Refused before an instance was chosen: Envoy does not say of which cluster.
+        service = qualified(host[1], host[2] or parted(instance.service, home)[1], home)
     return {
-        **event_of(entry, instance),
+        **event_of(entry, instance, home),
         "caller": instance.service,
         "service": service,
         "version": version,

@@ -34,7 +34,8 @@ import grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
-from meshdemo.control.model import Instance
+from meshdemo.control.identity import service_of
+from meshdemo.control.model import HOME, Instance
 from meshdemo.control.signals import BOUNDS_MS, MIRRORED, Cell, Histogram, Sample, bucket
 
 log = logging.getLogger(__name__)
@@ -189,8 +190,8 @@ class _Sum:
         )
 
 
-def decode(raw: bytes) -> Export:
-    """One OTLP metrics export of a sidecar.
+def decode(raw: bytes, home: str = HOME) -> Export:
+    """One OTLP metrics export of a sidecar. `home`: the mesh's namespace.
 
     Raises:
         Malformed: not an export, or more cells than a sidecar may have.
@@ -213,13 +214,13 @@ def decode(raw: bytes) -> Export:
         for point in points:
             start_ns, stamp_ns = max(start_ns, point.start_time_unix_nano), point.time_unix_nano
             if name in _LATENCY:
-                kind = _kind(_LATENCY[name], _attributes(point))
+                kind = _kind(_LATENCY[name], _attributes(point), home)
                 sums[kind.key].spread(kind, point)
             elif name in _REQUESTS:
-                kind = _kind(_REQUESTS[name], _attributes(point))
+                kind = _kind(_REQUESTS[name], _attributes(point), home)
                 sums[kind.key].count(kind, point.as_int)
             elif name == _CONNECTIONS:
-                kind = _kind(True, _attributes(point))
+                kind = _kind(True, _attributes(point), home)
                 sums[kind.key].connect(kind, point.as_int)
             elif name in _BYTES:
                 if point.as_int:
@@ -250,12 +251,13 @@ def _attributes(point: metrics_pb2.NumberDataPoint | metrics_pb2.HistogramDataPo
 
 
 @functools.lru_cache(maxsize=8192)
-def _kind(inbound: bool, attributes: _Attributes) -> _Kind:
+def _kind(inbound: bool, attributes: _Attributes, home: str) -> _Kind:
     """What tags mean; cached, for the same come every second."""
     # Envoy writes '-' (or nothing) for what a request does not have.
     tags = {name: "" if value == "-" else value for name, value in attributes}
     identity = tags.get("caller" if inbound else "peer", "")
-    peer, _, version = (service_of(identity), "", "") if inbound else tags.get("cluster", "").partition("/")
+    caller = service_of(identity, home)
+    peer, _, version = (caller, "", "") if inbound else tags.get("cluster", "").partition("/")
     flags = frozenset(tags.get("flags", "").split(","))
     code = tags.get("code") or "0"
     route = tags.get("route", "")
@@ -273,11 +275,6 @@ def _kind(inbound: bool, attributes: _Attributes) -> _Kind:
         refused="UO" in flags,
         mirrored=route.startswith(MIRRORED),
     )
-
-
-def service_of(identity: str) -> str:
-    """The service that a SPIFFE id (`spiffe://MESH/ns/NAMESPACE/sa/SERVICE`) belongs to; '' if none."""
-    return identity.rsplit("/", 1)[-1] if identity.startswith("spiffe://") else ""
 
 
 _MAPPINGS: dict[tuple[int, float, float], tuple[int, ...]] = {}
@@ -551,6 +548,8 @@ def handler(
     authenticate: Authenticate,
     on_sample: Callable[[Sample], None],
     real: Callable[[Instance], float] = lambda _: 1.0,
+    *,
+    home: str = HOME,
 ) -> grpc.GenericRpcHandler:
     """The OTLP metrics service on raw bytes: no message is built for an answer that is always the same.
 
@@ -558,6 +557,7 @@ def handler(
         authenticate: whose token a call carries; what it says of the instance counts, not the export.
         on_sample: told of each sample that was taken in.
         real: the share of what reaches an instance that is no copy of a request.
+        home: the mesh's namespace.
     """
 
     async def export(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
@@ -566,7 +566,7 @@ def handler(
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
             return b""  # not reached: abort raises
         try:
-            decoded = decode(raw)
+            decoded = decode(raw, home)
         except Malformed as error:
             log.warning("telemetry of %s is not understood: %s", instance.id, error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))

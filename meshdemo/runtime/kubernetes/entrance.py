@@ -40,9 +40,9 @@ class Reporter:
     def _write(self, kind: str, manifest: Manifest, status: Manifest | None) -> None:
         if status is None:
             return
-        name = manifest["metadata"]["name"]
+        name, namespace = manifest["metadata"]["name"], manifest["metadata"].get("namespace", self._namespace)
         try:
-            self._cluster.patch(kind, name, self._namespace, {"status": status}, merge="merge", sub="status")
+            self._cluster.patch(kind, name, namespace, {"status": status}, merge="merge", sub="status")
         except ApiError as error:
             if error.status != 404:  # it is gone again
                 log.warning("cannot write the status of %s %s: %s", kind, name, error.message)

@@ -50,7 +50,6 @@ class Additions:
     volumes: Sequence[Mapping[str, Any]]
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""  # what whoever applies it should know
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ def inject(text: str, additions_for: Callable[[PodTemplate], Additions]) -> tupl
             annotations=annotations,
         )
         ours = additions_for(pod)
-        return Outcome(kind, name, "injected", ours.note), _insert(text, template, ours)
+        return Outcome(kind, name, "injected"), _insert(text, template, ours)
 
     return _each(text, one)
 

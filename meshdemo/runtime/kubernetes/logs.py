@@ -6,11 +6,12 @@ import heapq
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from meshdemo.kube import Cluster, Manifest
+from meshdemo.names import qualified
 
 _TAIL = 500  # lines of each container, where it is not followed
 _SETTLE_S = 0.3  # lines of different containers arrive in some order; so long one waits for an earlier one
@@ -18,21 +19,28 @@ _LOOK_S = 2.0  # how soon a new pod is noticed
 
 
 def read(
-    cluster: Cluster, namespace: str, selectors: Sequence[str], follow: bool
+    cluster: Cluster, home: str, pods: Callable[[], list[Manifest]], follow: bool
 ) -> Iterator[tuple[str, str]]:
-    """(source, line) of the pods that the selectors name; with `follow` for ever, new pods included."""
-    yield from _follow(cluster, namespace, selectors) if follow else _all(cluster, namespace, selectors)
+    """(source, line) of these pods; with `follow` for ever, new pods included.
+
+    Args:
+        home: the mesh's namespace.
+    """
+    yield from _follow(cluster, home, pods) if follow else _all(cluster, home, pods)
 
 
-def _containers(cluster: Cluster, namespace: str, selectors: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(source, pod, container) of all that has something to say."""
+_Of = tuple[str, str, str, str]  # source, namespace, pod, container
+
+
+def _containers(home: str, pods: list[Manifest]) -> list[_Of]:
+    """All that has something to say."""
     found = []
-    for selector in selectors:
-        for pod in cluster.find("Pod", namespace, labels=selector):
-            name = pod["metadata"]["name"]
-            for container in _names(pod):
-                source = f"{name} sidecar" if container == "meshdemo-sidecar" else name
-                found.append((source, name, container))
+    for pod in pods:
+        name, namespace = pod["metadata"]["name"], pod["metadata"].get("namespace", home)
+        called = qualified(name, namespace, home)
+        for container in _names(pod):
+            source = f"{called} sidecar" if container == "meshdemo-sidecar" else called
+            found.append((source, namespace, name, container))
     return found
 
 
@@ -47,24 +55,24 @@ def _split(source: str, line: str) -> tuple[str, str, str]:
     return when, source, text
 
 
-def _all(cluster: Cluster, namespace: str, selectors: Sequence[str]) -> Iterator[tuple[str, str]]:
-    def lines(of: tuple[str, str, str]) -> list[tuple[str, str, str]]:
-        source, pod, container = of
+def _all(cluster: Cluster, home: str, pods: Callable[[], list[Manifest]]) -> Iterator[tuple[str, str]]:
+    def lines(of: _Of) -> list[tuple[str, str, str]]:
+        source, namespace, pod, container = of
         said = cluster.logs(namespace, pod, container, tail=_TAIL, times=True)
         return [_split(source, line) for line in said]
 
     with ThreadPoolExecutor(8) as pool:
-        every = list(pool.map(lines, _containers(cluster, namespace, selectors)))
+        every = list(pool.map(lines, _containers(home, pods())))
     for _, source, text in heapq.merge(*every):
         yield source, text
 
 
-def _follow(cluster: Cluster, namespace: str, selectors: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _follow(cluster: Cluster, home: str, pods: Callable[[], list[Manifest]]) -> Iterator[tuple[str, str]]:
     arrived: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()
-    followed: set[tuple[str, str, str]] = set()
+    followed: set[_Of] = set()
 
-    def carry(of: tuple[str, str, str]) -> None:
-        source, pod, container = of
+    def carry(of: _Of) -> None:
+        source, namespace, pod, container = of
         for line in cluster.logs(namespace, pod, container, tail=20, follow=True, times=True):
             arrived.put(_split(source, line))
         followed.discard(of)  # it ended; if its container is started again, it is followed again
@@ -74,7 +82,7 @@ def _follow(cluster: Cluster, namespace: str, selectors: Sequence[str]) -> Itera
     while True:
         if time.monotonic() - looked > _LOOK_S:
             looked = time.monotonic()
-            for of in _containers(cluster, namespace, selectors):
+            for of in _containers(home, pods()):
                 if of not in followed:
                     followed.add(of)
                     threading.Thread(target=carry, args=(of,), daemon=True).start()

@@ -21,7 +21,7 @@ from meshdemo.control.bootstrap import Placement, bootstrap_files
 from meshdemo.control.ingress import CLASS, CONTROLLER
 from meshdemo.control.model import Instance
 from meshdemo.kube import Manifest
-from meshdemo.names import INBOUND_PORT, OUTBOUND_PORT, PLAIN_PORT, XDS_PORT
+from meshdemo.names import INBOUND_PORT, OUTBOUND_PORT, PLAIN_PORT, XDS_PORT, handout
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import images
 from meshdemo.runtime.kubernetes.pieces import (
@@ -110,7 +110,8 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
             spec.mesh,
             site,
             cluster_role=f"meshdemo:{site.namespace}:control-plane",
-            sidecar_files=_sidecar_files(site),
+            handout=handout(spec.mesh),
+            sidecar_files=sidecar_files(site.namespace),
             control_args=[
                 "--mesh", spec.mesh, "--namespace", site.namespace, "--state", STATE_FOLDER,
                 "--api-token", f"{API_FOLDER}/token",
@@ -237,8 +238,11 @@ def _probe(service: Service, *, ours: bool) -> str:
     return f"exec: {{command: [grep, -qE, '{line}', /proc/net/tcp, /proc/net/tcp6]}}"
 
 
-def _sidecar_files(site: Site) -> Mapping[str, str]:
-    # One set of files for all: who a sidecar is comes from its token, and --service-node says it in logs.
+def sidecar_files(namespace: str) -> Mapping[str, str]:
+    """What every sidecar starts from, by file name. `namespace`: the mesh's.
+
+    One set of files for all: who a sidecar is comes from its token, and --service-node says it in logs.
+    """
     folder = PurePosixPath(CONFIG_FOLDER)
     return bootstrap_files(
         Instance(
@@ -249,7 +253,7 @@ def _sidecar_files(site: Site) -> Mapping[str, str]:
             folder=folder,
             trust=folder / "trust.pem",
             admin=PurePosixPath(RUN_FOLDER) / "admin.sock",
-            control_host=f"control-plane.{site.namespace}.svc",
+            control_host=f"control-plane.{namespace}.svc",
             control_port=XDS_PORT,
         ),
     )  # fmt: skip

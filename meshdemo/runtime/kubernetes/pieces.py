@@ -39,7 +39,9 @@ def sidecar(
         skip_inbound, skip_outbound: ports whose traffic passes by the sidecar.
     """
     rules = redirect_rules(skip_inbound=skip_inbound, skip_outbound=skip_outbound)
-    values = {**common(mesh), "namespace": mesh, "images": {"sidecar": image}, "redirect_rules": rules}
+    values = {
+        **common(mesh), "handout": names.handout(mesh), "images": {"sidecar": image}, "redirect_rules": rules,
+    }  # fmt: skip
     text = environment().get_template("kubernetes/inject.yaml.j2").render(values)
     found: dict[str, Any] = yaml.load(text, Loader=Loader)  # noqa: S506 - a safe loader
     return found

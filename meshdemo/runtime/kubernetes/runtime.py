@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from meshdemo import names
 from meshdemo.apps.model import GATEWAY
 from meshdemo.control import kubernetes as k8s
+from meshdemo.control.discovered import instance_of
 from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.names import PLAIN_PORT, PREFIX
@@ -50,9 +51,10 @@ class KubernetesRuntime:
     def __init__(self, name: str, kind: str) -> None:
         self.name = name
         self.kind = kind
-        self.notes: list[str] = []  # what `up` could not do, and the mesh can do without
+        self.notes: list[str] = []  # what `up` could not do, and the mesh can do without; what `down` left
         self._forward: Forward | None = None
         self._seen: tuple[float, list[Instance]] = (-_LOOK_S, [])
+        self._at_home_only = False  # other namespaces may not be looked at
 
     # -- how to reach it -----------------------------------------------------------------------------------
 
@@ -115,7 +117,7 @@ class KubernetesRuntime:
         from meshdemo.runtime.kubernetes.up import remove
 
         found = record.load(self.name)
-        return remove(found) if found else []
+        return remove(found, self.notes) if found else []
 
     # -- what runs -----------------------------------------------------------------------------------------
 
@@ -139,11 +141,26 @@ class KubernetesRuntime:
 
     def _mesh(self) -> MeshState:
         declared = self.spec_map.load().app
-        labels = f"{names.MESH}={self.name},{names.SERVICE}"
-        pods = self.cluster.find("Pod", self.namespace, labels=labels)
-        slices = self.cluster.find("EndpointSlice", self.namespace)
-        services = self.cluster.find("Service", self.namespace)
+        pods = self._everywhere("Pod", f"{names.MESH}={self.name},{names.SERVICE}")
+        places = {self.namespace, *(pod["metadata"]["namespace"] for pod in pods)}
+        slices = [one for place in sorted(places) for one in self.cluster.find("EndpointSlice", place)]
+        services = [one for place in sorted(places) for one in self.cluster.find("Service", place)]
         return k8s.mesh_state(self.name, self.namespace, declared, pods, slices, services)
+
+    def _everywhere(self, kind: str, labels: str) -> list[Manifest]:
+        """Objects of the whole cluster, or of the mesh's namespace for those who may not see more."""
+        if not self._at_home_only:
+            try:
+                return self.cluster.find(kind, labels=labels)
+            except ApiError as error:
+                if error.status != 403:
+                    raise
+                self._at_home_only = True
+        return self.cluster.find(kind, self.namespace, labels=labels)
+
+    def where(self, instance: str) -> tuple[str, str]:
+        """The pod of an instance, and its namespace."""
+        return names.parted(instance, self.namespace)
 
     def endpoints(self) -> dict[str, str | None]:
         """URLs by name."""
@@ -305,12 +322,13 @@ class KubernetesRuntime:
         self.cluster.event(pod, "Restarted", reason)
         grace_s = None if self._answers(instance, pod) else 1
         kept = len(apply.siblings(self.cluster, pod))
-        self.cluster.delete("Pod", instance, self.namespace, grace_s=grace_s)
+        name, namespace = self.where(instance)
+        self.cluster.delete("Pod", name, namespace, grace_s=grace_s)
         self._await_gone(instance)
         ours = self.spec_map.load().workloads
         labels = pod["metadata"]["labels"]
         key = f"{labels[names.SERVICE]}/{labels[names.VERSION]}"
-        if key in ours:
+        if namespace == self.namespace and key in ours:
             name = deployment_of(ours[key])
             apply.await_rollout(self.cluster, self.namespace, [name], timeout_s=_ROLLOUT_S)
         else:
@@ -324,7 +342,8 @@ class KubernetesRuntime:
         service = mesh.app.services[found.service] if found else None
         if service is None or service.protocol != "http":
             return apply.is_ready(pod)
-        tunnel = Forward(self.cluster, self.namespace, lambda: instance, PLAIN_PORT)
+        name, namespace = self.where(instance)
+        tunnel = Forward(self.cluster, namespace, lambda: name, PLAIN_PORT)
         connection = HTTPConnection("127.0.0.1", tunnel.port, timeout=_ANSWER_S)
         try:
             connection.request("GET", service.healthz)
@@ -337,9 +356,10 @@ class KubernetesRuntime:
 
     def _await_gone(self, instance: str) -> None:
         """Wait until a deleted pod is on its way out, so that nobody takes it for its own replacement."""
+        name, namespace = self.where(instance)
         give_up = time.monotonic() + _EFFECT_S
         while time.monotonic() < give_up:
-            pod = self.cluster.get("Pod", instance, self.namespace)
+            pod = self.cluster.get("Pod", name, namespace)
             if pod is None or "deletionTimestamp" in pod["metadata"]:
                 return
             pause(_LOOK_S)
@@ -376,9 +396,12 @@ class KubernetesRuntime:
     def _signal(self, instance: str, name: str) -> None:
         from meshdemo.runtime.kubernetes.forward import run
 
-        self._pod(instance)
+        pod_name, namespace = self.where(instance)
+        pod = self._pod(instance)
+        containers = [one["name"] for one in pod["spec"]["containers"]]
+        container = "app" if "app" in containers else containers[0]
         # To all processes but PID 1, which a container's own processes cannot kill or stop, and this shell.
-        run(self.cluster, self.namespace, instance, "app", ["sh", "-c", f"kill -{name} -1"])
+        run(self.cluster, namespace, pod_name, container, ["sh", "-c", f"kill -{name} -1"])
 
     def load(self) -> float | None:
         """The rate (requests/s) of each instance that makes load, unless the intent has another."""
@@ -464,7 +487,8 @@ class KubernetesRuntime:
         return self.cluster.find("Pod", self.namespace, labels=apply.selector(self.name, service, version))
 
     def _pod(self, instance: str) -> Manifest:
-        pod = self.cluster.get("Pod", instance, self.namespace)
+        name, namespace = self.where(instance)
+        pod = self.cluster.get("Pod", name, namespace)
         if pod is None or names.SERVICE not in pod["metadata"].get("labels", {}):
             known = ", ".join(one.id for one in self.instances()) or "none"
             raise BadInput(f"no instance '{instance}'; there are: {known}")
@@ -500,10 +524,16 @@ class KubernetesRuntime:
         app = self.app()
         if service is not None and service not in app.services:
             raise BadInput(f"no service '{service}'; there are: {', '.join(app.services)}")
-        selectors = [apply.selector(self.name, service)]
-        if service is None:
-            selectors.append(f"{names.MESH}={self.name},app.kubernetes.io/component={CONTROL_PLANE}")
-        yield from read(self.cluster, self.namespace, selectors, follow)
+        control_plane = f"{names.MESH}={self.name},app.kubernetes.io/component={CONTROL_PLANE}"
+
+        def pods() -> list[Manifest]:
+            found = self._everywhere("Pod", f"{names.MESH}={self.name},{names.SERVICE}")
+            if service is None:
+                return found + self.cluster.find("Pod", self.namespace, labels=control_plane)
+            ids = {one.id for one in self._mesh().instances if one.service == service}
+            return [one for one in found if instance_of(one, self.namespace) in ids]
+
+        yield from read(self.cluster, self.namespace, pods, follow)
 
     def watch_lock(self) -> AbstractContextManager[None]:
         """Held while a watch runs; raises Failed naming the holder if another one holds it."""

@@ -25,6 +25,7 @@ from meshdemo.control.api import Control
 from meshdemo.control.model import MeshState
 from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.kube import ApiError, Cluster
+from meshdemo.runtime.kubernetes import manifests
 from meshdemo.runtime.kubernetes.entrance import Reporter
 from meshdemo.runtime.kubernetes.specs import SpecMap, parsed, patch_env
 from meshdemo.runtime.local import spec as specs
@@ -60,6 +61,9 @@ class Backend(server.Backend):
         )
         self._reporter = Reporter(cluster, namespace)
         self._changed = asyncio.Event()
+        self._handouts = k8s.Handouts(
+            cluster, mesh, self._source.guests, manifests.sidecar_files(namespace), folder / "trust.pem"
+        )
 
     async def start(self) -> MeshState:
         """Fill the control plane's folder and wait for the first complete picture of the mesh."""
@@ -79,7 +83,7 @@ class Backend(server.Backend):
         """Take changes in, carry back what must be kept, end what is over, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._refresh(control))
-            tasks.create_task(k8s.keep(self._keepers))
+            tasks.create_task(k8s.keep((*self._keepers, self._handouts)))
             tasks.create_task(self._end_what_is_over())
             tasks.create_task(self._leave_events(control))
             tasks.create_task(self._report_entrance())

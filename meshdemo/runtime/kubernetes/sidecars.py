@@ -31,6 +31,18 @@ def default_image(mesh: str) -> str:
     return images.sidecar(known.base_image or images.BASE_IMAGE).reference(known.registry)
 
 
+def unknown(mesh: str) -> str:
+    """What whoever injects should know if this machine knows of no such mesh in a cluster; '' if it does."""
+    if (home() / mesh / RECORD).exists():
+        return ""
+    others = sorted(path.parent.name for path in home().glob(f"*/{RECORD}"))
+    return (
+        f"this machine knows no mesh '{mesh}' in a cluster ("
+        + (f"but {', '.join(others)}: see --name" if others else "`meshdemo up --runtime kind` makes one")
+        + f"); such pods start once there is a mesh '{mesh}' in their cluster"
+    )
+
+
 def additions(pod: PodTemplate, mesh: str, image: str) -> Additions:
     """What this pod template gets.
 
@@ -48,7 +60,6 @@ def additions(pod: PodTemplate, mesh: str, image: str) -> Additions:
         volumes=parts["volumes"],
         labels={key: value for key, value in labels.items() if key not in pod.labels},
         annotations=_told(pod),
-        note=_elsewhere(pod, mesh),
     )
 
 
@@ -69,15 +80,6 @@ def _parts(
 ) -> dict[str, Any]:
     """Rendered once for the many workloads that get the same."""
     return sidecar(mesh, image, skip_inbound=skip_inbound, skip_outbound=skip_outbound)
-
-
-def _elsewhere(pod: PodTemplate, mesh: str) -> str:
-    if pod.namespace in (None, mesh):
-        return ""
-    return (
-        f"but its namespace is '{pod.namespace}', and this mesh's is '{mesh}': it will not start there; "
-        f"`--name {pod.namespace}` is for the mesh of that namespace"
-    )
 
 
 def _told(pod: PodTemplate) -> dict[str, str]:

@@ -43,7 +43,10 @@ _GONE_S = 120.0
 _SAY_WHY_S = 2.0  # so long before the time is over a step gives up, to say why
 _WATCH = "watch"
 # What a part of the mesh that may be left out (Prometheus, Grafana, watch) consists of.
-_OPTIONAL_KINDS = ("Deployment", "Service", "ConfigMap", "RoleBinding", "Role", "ServiceAccount")
+_OPTIONAL_KINDS = (
+    "Deployment", "Service", "ConfigMap", "RoleBinding", "Role", "ClusterRoleBinding", "ClusterRole",
+    "ServiceAccount",
+)  # fmt: skip
 
 
 def steps(runtime: KubernetesRuntime, options: UpOptions) -> Sequence[Step]:
@@ -450,8 +453,8 @@ class _Up:
             near = []
             for one in found:
                 if one.ready and app.services[one.service].calls:
-                    find = partial(str, one.id)
-                    tunnels.append(Forward(runtime.cluster, runtime.namespace, find, one.outbound_port))
+                    pod, namespace = runtime.where(one.id)
+                    tunnels.append(Forward(runtime.cluster, namespace, partial(str, pod), one.outbound_port))
                     here = {"host": "127.0.0.1", "outbound_port": tunnels[-1].port}
                     one = one.model_copy(update=here)  # noqa: PLW2901
                 near.append(one)
@@ -514,8 +517,8 @@ def _free_port() -> int:
 # -- down --------------------------------------------------------------------------------------------------
 
 
-def remove(found: Record) -> list[str]:
-    """Remove what `up` made; what was removed, in words."""
+def remove(found: Record, notes: list[str]) -> list[str]:
+    """Remove what `up` made; what was removed, in words. What stays goes into `notes`."""
     removed: list[str] = []
     kind = Kind() if found.kind == "kind" else None
     if kind is not None and found.cluster not in kind.clusters():
@@ -529,12 +532,12 @@ def remove(found: Record) -> list[str]:
         except MeshdemoError as error:
             folder = record.kubeconfig(found.mesh).parent
             raise Failed(error.message, f"{error.remedy}; if it is gone for good, remove {folder}") from error
-        removed += _remove_objects(found.connect(), found)
+        removed += _remove_objects(found.connect(), found, notes)
     record.forget(found.mesh)
     return removed
 
 
-def _remove_objects(cluster: Cluster, found: Record) -> list[str]:
+def _remove_objects(cluster: Cluster, found: Record, notes: list[str]) -> list[str]:
     removed = []
     labels = f"{names.MESH}={found.mesh}"
     for kind in ("ClusterRoleBinding", "ClusterRole", "IngressClass", "GatewayClass"):
@@ -543,7 +546,7 @@ def _remove_objects(cluster: Cluster, found: Record) -> list[str]:
             removed.append(f"{kind} {one['metadata']['name']}")
     namespace = cluster.get("Namespace", found.namespace)
     if namespace is None:
-        return removed
+        return [*removed, *_remove_handouts(cluster, found, notes)]
     if namespace["metadata"].get("labels", {}).get(names.MESH) != found.mesh:
         raise Failed(
             f"the namespace '{found.namespace}' is not of this mesh, so it stays",
@@ -555,4 +558,32 @@ def _remove_objects(cluster: Cluster, found: Record) -> list[str]:
         if time.monotonic() > give_up:
             raise Failed(f"the namespace '{found.namespace}' is still there after {_GONE_S:.0f} s")
         time.sleep(0.5)
-    return [*removed, f"namespace {found.namespace}"]
+    return [*removed, f"namespace {found.namespace}", *_remove_handouts(cluster, found, notes)]
+
+
+def _remove_handouts(cluster: Cluster, found: Record, notes: list[str]) -> list[str]:
+    """Remove what the control plane gave to other namespaces. (It is gone by now, so nothing comes back.)
+
+    Pods there that were injected are their owners', and stay; that goes into `notes`.
+    """
+    removed = []
+    labels = f"{names.MESH}={found.mesh}"
+    try:
+        handouts = cluster.find("ConfigMap", labels=labels)
+        pods = cluster.find("Pod", labels=f"{labels},{names.SERVICE}")
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        notes.append(f"whether other namespaces have something of it is not known: {error.message}")
+        return []
+    for one in handouts:
+        name, namespace = one["metadata"]["name"], one["metadata"]["namespace"]
+        if namespace != found.namespace:
+            cluster.delete("ConfigMap", name, namespace)
+            removed.append(f"ConfigMap {name} in {namespace}")
+    if still := sorted({pod["metadata"]["namespace"] for pod in pods} - {found.namespace}):
+        notes.append(
+            f"pods with a sidecar of this mesh stay in {', '.join(still)} and work until they are replaced; "
+            "`meshdemo uninject` takes the sidecar out of their manifests"
+        )
+    return removed
