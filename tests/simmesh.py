@@ -18,6 +18,7 @@ from meshdemo.remediation.core import Action, Core, Result
 from meshdemo.remediation.events import Event
 
 TICK_S = 0.02
+EXPORT_S = 0.5
 START = 1_000_000.0
 
 
@@ -40,6 +41,7 @@ class Instance:
     next_export: float
     ready: bool = True
     hung: bool = False
+    restarts: int = 0
     dead: bool = False
     silent: bool = False
     last_export: float = START
@@ -125,7 +127,12 @@ class SimMesh:
     def kill(self, instance: str, back_after_s: float = 0.7, noticed_after_s: float = 0.02) -> None:
         one = self.instances[instance]
         one.dead = True
-        self._later(noticed_after_s, lambda: setattr(one, "ready", False))
+
+        def noticed() -> None:
+            one.ready = False
+            one.restarts += 1
+
+        self._later(noticed_after_s, noticed)
 
         def back() -> None:
             one.dead, one.hung, one.ready = False, False, True
@@ -152,6 +159,7 @@ class SimMesh:
                 "ready": one.ready,
                 "silent": one.silent,
                 "ejected": one.id in self.ejected,
+                "restarts": one.restarts,
             }
             for one in self.instances.values()
         ]
@@ -172,7 +180,7 @@ class SimMesh:
             self._answer(one)
             if self.now >= one.next_export:
                 sample = self._export(one)
-                one.next_export += 1.0
+                one.next_export += EXPORT_S
                 if not one.silent:
                     samples.append(sample)
         return samples
@@ -253,6 +261,7 @@ class SimMesh:
             Cell(inbound=False, peer=callee, route="", requests=requests, failures=failures)
             for callee, (requests, failures) in one.outbound.items()
         ]
+        overdue = in_flight - one.arrived
         sample = Sample(
             instance=one.id,
             service=one.service,
@@ -262,7 +271,7 @@ class SimMesh:
             end=self.now,
             in_flight=in_flight,
             arrived=one.arrived,
-            overdue=max(0, in_flight - one.arrived),
+            waiting=((self.now - one.last_export, overdue),) if overdue > 0 else (),
             cells=tuple(cells),
         )
         one.last_export, one.arrived, one.counts, one.outbound = self.now, 0, {}, {}

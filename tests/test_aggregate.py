@@ -52,7 +52,7 @@ many = st.lists(
         ),
         version=st.sampled_from(["v1", "v2"]),
         in_flight=st.integers(0, 5),
-        overdue=st.integers(0, 5),
+        waiting=st.integers(0, 5).map(lambda n: ((1.0, n),) if n else ()),
     ),
     max_size=20,
 )
@@ -145,9 +145,9 @@ def test_a_silent_instance_is_silent_and_a_service_only_if_all_are() -> None:
 
 def test_overdue_is_that_of_the_last_sample() -> None:
     found = [
-        sample("b-1", NOW - 1, overdue=9),
-        sample("b-1", NOW, overdue=3),
-        sample("b-2", NOW, overdue=4),
+        sample("b-1", NOW - 1, waiting=((1.0, 9),)),
+        sample("b-1", NOW, waiting=((1.0, 3),)),
+        sample("b-2", NOW, waiting=((1.0, 4),)),
     ]
     assert only(signals(found, by="service", now=NOW, window_s=10)).overdue == 7
 

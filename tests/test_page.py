@@ -87,7 +87,7 @@ def test_ejected_silent_and_waiting_instances_say_so() -> None:
     mesh = made_up(2, 6)
     first, second, third = (one for one in mesh.instances if one.service == "service-b")
     intent = eject(Intent(), mesh, first.id, reason="", by="test", now=NOW)
-    made = seen(mesh, sample(third, in_flight=3, overdue=2), intent=intent, silent=(second.id,))
+    made = seen(mesh, sample(third, in_flight=3, waiting=((1.0, 2),)), intent=intent, silent=(second.id,))
     rows = {row["id"]: row for version in of(made, "service-b")["versions"] for row in version["instances"]}
     assert rows[first.id]["ejected"]
     assert rows[second.id]["silent"]

@@ -70,14 +70,26 @@ def _killed(run: Run) -> None:
     record(run, "process", kind="crash", instance=B1)
 
 
+def _killed_and_back_before_anybody_looks(run: Run) -> None:
+    run.mesh.kill(B1, back_after_s=0.05)
+    record(run, "process", kind="crash", instance=B1)
+
+
+def _slower_than_two_exports(run: Run) -> None:
+    run.mesh.release("v1", latency_ms=800)
+    record(run, "app")
+
+
 @pytest.mark.parametrize(
     ("break_it", "remedies", "detect_median_s", "detect_worst_s"),
     [
         (_errors, ["rollback"], 1.2, 2),
         (_latency, ["rollback"], 1.2, 2),
         (_one_instance, ["eject"], 1.2, 2),
-        (_hung, ["restart"], 3, 3),
+        (_hung, ["restart"], 1.4, 1.8),
         (_killed, [], 1.2, 2),
+        (_killed_and_back_before_anybody_looks, [], 1.2, 2),
+        (_slower_than_two_exports, ["rollback"], 1.4, 2),
     ],
 )
 def test_the_five_faults(
@@ -482,14 +494,14 @@ class Chain:
         self.stuck = self.stuck + 60 if hung else 0
         answered = 0 if hung else 60
         bad = round(60 * failing)
-        overdue = max(0, self.stuck - 60)
+        waiting = ((1.0, self.stuck - 60),) if self.stuck > 60 else ()
         for at, service, cells in (
             (0.0, "voting", [self.cell(True, "web", answered, bad)]),
             (0.3, "web", [self.cell(True, "bot", answered, bad), self.cell(False, "voting", answered, bad)]),
         ):
             end = self.now + at
             one = Sample(
-                f"{service}-1", service, "v1", 1, end - 1, end, self.stuck, 60, overdue, cells=tuple(cells)
+                f"{service}-1", service, "v1", 1, end - 1, end, self.stuck, 60, waiting, cells=tuple(cells)
             )
             rows = [
                 {"id": f"{name}-1", "service": name, "version": "v1", "revision": 1, "ready": True,

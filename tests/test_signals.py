@@ -55,7 +55,7 @@ samples = st.builds(
     end=st.floats(1e9, 2e9),
     in_flight=st.integers(0, 100),
     arrived=st.integers(0, 100),
-    overdue=st.integers(0, 100),
+    waiting=st.lists(st.tuples(st.floats(0, 60), st.integers(1, 100)), max_size=3).map(tuple),
     cells=st.lists(cells, max_size=3).map(tuple),
 )
 

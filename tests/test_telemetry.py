@@ -313,6 +313,27 @@ def test_overdue_are_those_in_flight_for_longer_than_one_export() -> None:
     assert overdue(in_flight=3, arrived=1) == 0
 
 
+def test_how_long_requests_wait_is_known_to_the_export() -> None:
+    clock = Clock()
+    store = Store(clock)
+
+    def waiting(in_flight: int, arrived: int) -> list[tuple[float, int]]:
+        clock.now += 1
+        sample = store.add(instance(), export(clock.now, in_flight=in_flight, arrived=arrived))
+        assert sample is not None
+        return [(round(waited_s, 3), n) for waited_s, n in sample.waiting]
+
+    assert waiting(in_flight=20, arrived=100) == []
+    assert waiting(in_flight=70, arrived=50) == [(1, 20)]
+    assert waiting(in_flight=120, arrived=50) == [(1, 70), (2, 20)]
+    # 30 were answered. Which ones is not known: perhaps the oldest.
+    assert waiting(in_flight=140, arrived=50) == [(1, 90), (2, 40)]
+    # Slow, but not hung: 50 come in a second, 50 are answered, and each takes two.
+    for _ in range(9):
+        waiting(in_flight=100, arrived=50)
+    assert waiting(in_flight=100, arrived=50) == [(1, 50)]
+
+
 def listen(store: Store, clock: Clock, seconds: float) -> None:
     """Let time pass while the loop runs."""
     for _ in range(round(seconds * 10)):

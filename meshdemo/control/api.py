@@ -109,6 +109,7 @@ class Control:
                     "version": instance.version,
                     "revision": instance.revision,
                     "ready": instance.ready,
+                    "restarts": instance.restarts,
                     "connected": sidecar.connected,
                     "acked": sidecar.acked,
                     "last_report_s": None if report_s is None else round(report_s, 3),

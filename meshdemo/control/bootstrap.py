@@ -39,7 +39,7 @@ class Placement:
     admin: PurePath
     control_host: str
     control_port: int
-    flush_interval_s: float = 1.0  # how often it reports
+    flush_interval_s: float = 0.5  # how often it reports; what hangs is known to after two reports
 
 
 def bootstrap_files(instance: Instance, placement: Placement) -> Mapping[str, str]:

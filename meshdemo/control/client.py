@@ -30,6 +30,7 @@ class InstanceRow(TypedDict):
     version: str
     revision: int
     ready: bool
+    restarts: int  # how often its app or its sidecar died and was started again by the runtime
     connected: bool  # its sidecar holds an ADS stream
     acked: bool  # ... and runs the current revision of the intent
     last_report_s: float | None  # seconds since its sidecar last reported; None: not yet

@@ -223,6 +223,7 @@ def mesh_state(
                 metrics_port=PLAIN_PORT,
                 app_port=service.port,
                 ready=_is_ready(pod, (name, meta["name"]) in serving, called=name in addresses),
+                restarts=_restarts(pod),
                 leaving="deletionTimestamp" in meta,
             )
         )
@@ -268,6 +269,13 @@ def _gateway(pod: Manifest) -> Instance:
         ready=_is_ready(pod, serves=False, called=False),
         leaving="deletionTimestamp" in pod["metadata"],
     )
+
+
+def _restarts(pod: Manifest) -> int:
+    """How often the kubelet has started a container of a pod again; its sidecar is an init container."""
+    status = pod.get("status", {})
+    containers = (*(status.get("containerStatuses") or ()), *(status.get("initContainerStatuses") or ()))
+    return sum(one.get("restartCount", 0) for one in containers)
 
 
 def _is_ready(pod: Manifest, serves: bool, *, called: bool) -> bool:

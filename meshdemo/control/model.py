@@ -34,6 +34,9 @@ class Instance(_Value):
     app_host: str = "127.0.0.1"
     app_port: int
     ready: bool = Field(default=False, description="takes traffic; false while starting or draining")
+    restarts: int = Field(
+        default=0, description="how often its app or its sidecar died and was started again by the runtime"
+    )
     leaving: bool = Field(
         default=False, description="on its way out for good: still configured, but no one's to judge or show"
     )

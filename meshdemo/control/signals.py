@@ -1,6 +1,6 @@
 """Signals: what happened in a window, from what the sidecars report. Pure: samples in, signals out.
 
-A `Sample` is one telemetry export of one sidecar (about one second). A `Signal` is the sum of samples over
+A `Sample` is one telemetry export of one sidecar (about half a second). A `Signal` is the sum of samples over
 a window for one scope. Success rate and latency of a service are what its own sidecars answered
 (`inbound` cells); what its callers got after retries is in the `outbound` cells of the callers.
 """
@@ -151,8 +151,17 @@ class Sample:
     end: float
     in_flight: int = 0  # inbound requests unanswered at `end`
     arrived: int = 0  # inbound requests that arrived in (start, end]
-    overdue: int = 0  # at least so many of those in flight at `end` were so at `start` already
+    waiting: Sequence[tuple[float, int]] = ()  # (s, n): at least n of them were so for at least s; s grows
     cells: Sequence[Cell] = ()
+
+    @property
+    def overdue(self) -> int:
+        """At least so many inbound requests were in flight for the whole export, and are unanswered."""
+        return self.waiting[0][1] if self.waiting else 0
+
+    def waiting_for(self, seconds: float) -> int:
+        """At least so many inbound requests were unanswered at `end` after that time, as far as is known."""
+        return next((n for waited_s, n in self.waiting if waited_s >= seconds), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +231,7 @@ def sample_to_json(sample: Sample) -> dict[str, Any]:
         "end": sample.end,
         "in_flight": sample.in_flight,
         "arrived": sample.arrived,
-        "overdue": sample.overdue,
+        "waiting": list(sample.waiting),
         "cells": [_cell_to_json(cell) for cell in sample.cells],
     }
 
@@ -248,7 +257,9 @@ def _cell_to_json(cell: Cell) -> dict[str, Any]:
 
 def sample_from_json(row: Mapping[str, Any]) -> Sample:
     """The inverse of `sample_to_json`."""
-    return Sample(**{**row, "cells": tuple(_cell_from_json(cell) for cell in row["cells"])})
+    waiting = tuple((waited_s, n) for waited_s, n in row["waiting"])
+    cells = tuple(_cell_from_json(cell) for cell in row["cells"])
+    return Sample(**{**row, "waiting": waiting, "cells": cells})
 
 
 def _cell_from_json(row: Mapping[str, Any]) -> Cell:

@@ -1,6 +1,6 @@
 """OTLP in, samples out: what the sidecars report, kept for ten minutes.
 
-Each sidecar pushes its stats about every second. An export is decoded into a `Sample` at once (the stats
+Each sidecar pushes its stats about twice a second. An export is decoded into a `Sample` at once (the stats
 access logger's counters and histograms, see templates/envoy) and the message is dropped.
 
 Time: a sample is placed by the sidecar's own stamps, moved onto the control plane's clock by the smallest
@@ -310,6 +310,7 @@ _PACKED_MAX_BYTES = 48 << 20
 _SET_CLOCK_S = 3.0  # an export that seems so late was stamped by a clock that has been set
 _LONGEST_S = 120.0  # no sidecar reports less often
 _STALL_S = 2.0  # a loop that does not beat for so long stood still
+_BACKLOG_MAX = 128  # exports for which requests that wait are remembered: a minute of them
 _GATHER_S = 0.02  # who waits for samples gets those of so long at once
 
 
@@ -321,6 +322,22 @@ class _Reporter:
     stamp: float
     received: float
     sample: Sample
+    backlog: tuple[tuple[float, int], ...]  # (stamp, at least so many in flight ever since), newest first
+
+
+def _backlog(known: _Reporter | None, export: Export) -> tuple[tuple[float, int], ...]:
+    """Since when how many of the requests in flight have been so.
+
+    Which requests were answered is not told, only how many: each may have been one of the oldest. So a
+    service that takes its time is told from one that hangs, whatever the interval of the exports.
+    """
+    if known is None:
+        since, n = export.start, export.in_flight - export.arrived
+        return ((since, n),) if n > 0 and 0 < since < export.stamp else ()
+    before = known.sample.in_flight
+    answered = max(0, before + export.arrived - export.in_flight)
+    then = (known.stamp, before), *known.backlog
+    return tuple((since, n - answered) for since, n in then[:_BACKLOG_MAX] if n > answered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,10 +391,8 @@ class Store:
         if not 0 < export.stamp - start <= _LONGEST_S:
             # Nothing but gauges, which say no start: it covers the time since the export before.
             start = known.stamp if known is not None and known.stamp < export.stamp else export.stamp - 1.0
-        overdue = max(0, export.in_flight - export.arrived)
-        if known is not None:
-            overdue = min(overdue, known.sample.in_flight)
-        overdue = int(overdue * real)
+        backlog = _backlog(known, export)
+        waiting = [(export.stamp - since, int(n * real)) for since, n in backlog]
         sample = Sample(
             instance=instance.id,
             service=instance.service,
@@ -387,10 +402,10 @@ class Store:
             end=export.stamp + offset,
             in_flight=export.in_flight,
             arrived=export.arrived,
-            overdue=overdue,
+            waiting=tuple((waited_s, n) for waited_s, n in waiting if n),
             cells=export.cells,
         )
-        self._reporters[instance.id] = _Reporter(offset, export.stamp, now, sample)
+        self._reporters[instance.id] = _Reporter(offset, export.stamp, now, sample, backlog)
         with self._condition:
             self._seq += 1
             self._recent.append((self._seq, now, sample))
@@ -517,7 +532,7 @@ class Store:
 def _pack(sample: Sample) -> tuple[Any, ...]:
     return (
         sample.instance, sample.service, sample.version, sample.revision, sample.start, sample.end,
-        sample.in_flight, sample.arrived, sample.overdue,
+        sample.in_flight, sample.arrived, tuple(sample.waiting),
         tuple(
             (
                 cell.inbound, cell.peer, cell.route, cell.requests, cell.failures, cell.denied, cell.refused,

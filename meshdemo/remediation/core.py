@@ -214,9 +214,12 @@ class Core:
             incident.why = self._words(verdict)
             self._tell.violated(incident, evidence.figures(verdict))
         else:
-            down = observer.down_in(service)
-            incident.why = f"{', '.join(down)} {'is' if len(down) == 1 else 'are'} not in service"
-            self._tell.violated(incident, {"down": down})
+            down, died = observer.down_in(service), observer.died_in(service)
+            one, many = (
+                ("has died", "have died") if died == down else ("is not in service", "are not in service")
+            )
+            incident.why = f"{', '.join(down)} {one if len(down) == 1 else many}"
+            self._tell.violated(incident, {"down": down, "died": died})
 
     def _words(self, verdict: Verdict) -> str:
         objective = next(one for one in self.policy.objectives if one.name == verdict.objective)
@@ -273,6 +276,8 @@ class Core:
         if place is None:
             return
         symptom = self._symptom(incident, place)
+        if symptom is None:
+            return
         before = incident.place
         known = before is not None and (before.scope, before.target) == (place.scope, place.target)
         incident.place = place
@@ -366,7 +371,8 @@ class Core:
             return Location("instance", down[0], tuple(down), versions, "it is not in service")
         return Location("service", service, tuple(down), versions, f"{len(down)} are not in service")
 
-    def _symptom(self, incident: Incident, place: Location) -> str:
+    def _symptom(self, incident: Incident, place: Location) -> str | None:
+        """Of what kind the trouble is; None while that is not clear yet."""
         if place.scope == "dependency":
             return "errors"
         if place.instances and set(place.instances) <= set(self.observer.down_in(incident.service)):
@@ -376,6 +382,7 @@ class Core:
             place.instances,
             incident.alarm_at - incident.window_s,
             self._judge_of(incident).objective,
+            final=self.now >= incident.deadline,
         )
 
     # -- choose -------------------------------------------------------------------------------------------

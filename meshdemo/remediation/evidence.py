@@ -20,6 +20,7 @@ _LATEST_S = 30.0
 _ABOUT_S = 0.05  # the stamps of one sidecar's exports, moved onto our clock, differ by less
 _ABOUT_AS_BAD = 0.9
 _TIMED_OUT = ("0", "408", "504")  # no response at all, or given up waiting for one
+_HANGS_S = 0.9  # an app out of which nothing has come for so long hangs (with room for an early export)
 _TURN = 5  # who got no request while others got so many each, is not in their rotation
 _EXPLAINS = 0.5  # a callee whose bad answers are at least this share of ours is to blame
 
@@ -202,23 +203,46 @@ def callees(samples: Iterable[Sample]) -> set[str]:
     }
 
 
-def symptom(samples: Iterable[Sample], instances: Sequence[str], since: float, objective: Objective) -> str:
-    """errors, slow, or hung: of what kind the bad requests of these instances are."""
+def symptom(
+    samples: Iterable[Sample],
+    instances: Sequence[str],
+    since: float,
+    objective: Objective,
+    *,
+    final: bool = True,
+) -> str | None:
+    """errors, slow, or hung: of what kind the bad requests of these instances are.
+
+    None: nothing has come out for less than a second. It may hang, or take its time; soon it will be known,
+    unless this is `final`.
+    """
     failures = timed_out = answered = 0
-    overdue: dict[str, int] = {}
+    newest: dict[str, Sample] = {}
     for sample in samples:
         if sample.end <= since or sample.instance not in instances:
             continue
-        overdue[sample.instance] = sample.overdue
-        for cell in sample.cells:
-            if cell.inbound:
-                failures += cell.failures
-                answered += cell.requests - cell.failures
-                timed_out += sum(cell.codes.get(code, 0) for code in _TIMED_OUT)
-    stuck = sum(overdue.values()) + timed_out
-    if stuck and stuck >= failures - timed_out and (stuck > answered or sum(overdue.values()) * 2 > stuck):
-        return "hung"
+        newest[sample.instance] = sample
+        failures += sum(cell.failures for cell in sample.cells if cell.inbound)
+        answered += _answered(sample)
+        timed_out += _timed_out(sample)
+    waiting = sum(sample.overdue for sample in newest.values())
+    stuck = waiting + timed_out
+    if stuck and stuck >= failures - timed_out and (stuck > answered or waiting * 2 > stuck):
+        if timed_out >= waiting:
+            return "hung"
+        if sum(_answered(sample) for sample in newest.values()) < waiting:
+            long = any(sample.waiting_for(_HANGS_S) for sample in newest.values())
+            return "hung" if long or final else None
     return "errors" if objective.latency is None else "slow"
+
+
+def _answered(sample: Sample) -> int:
+    """Requests that its instance answered well, at whatever speed."""
+    return sum(cell.requests - cell.failures for cell in sample.cells if cell.inbound)
+
+
+def _timed_out(sample: Sample) -> int:
+    return sum(cell.codes.get(code, 0) for cell in sample.cells if cell.inbound for code in _TIMED_OUT)
 
 
 def figures(verdict: Verdict) -> dict[str, Any]:

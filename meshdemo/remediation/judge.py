@@ -1,7 +1,7 @@
 """Is an objective violated, beyond doubt? Rolling counts per objective, for the service and each instance.
 
-Judging is done at every export of a sidecar, over three windows at once: about one second, so that an outage
-is seen with the first export that has it; ten seconds; and the objective's own window, so that a slow burn is
+Judging is done at every export of a sidecar, over three windows at once: the last export or two, so that an
+outage is seen with the first that has it; ten seconds; and the objective's own window, so that a slow burn is
 seen too. Each look has to be right with `ALPHA`, so that all the looks of a day together are (Bonferroni).
 
 Counting is incremental: an export costs a few additions, however long the windows are. What lies before
@@ -22,7 +22,7 @@ from meshdemo.remediation.policy import Objective
 # Looks a day: one per export and window for each instance and the service, about 1e6 in a small mesh. One
 # in a billion each keeps even a service that runs at exactly its allowed share quiet for years.
 ALPHA = 1e-9
-SHORT_S = 1.25  # one export, with room for a late one
+SHORT_S = 0.75  # one export, with room for a late one
 MIDDLE_S = 10.0
 _BUDGET_PARTS = 60
 
@@ -33,7 +33,7 @@ class Measure:
 
     requests: int
     bad: int
-    overdue: int = 0  # still unanswered, for longer than one export: too slow already
+    overdue: int = 0  # still unanswered, and too slow already
 
 
 def bad_of(objective: Objective) -> Callable[[Cell], int]:
@@ -52,10 +52,10 @@ def bad_of(objective: Objective) -> Callable[[Cell], int]:
 def measure_of(objective: Objective) -> Callable[[Sample], Measure]:
     """How to read an export for this objective, from the inbound side of the service's own sidecars.
 
-    One that has been in flight for a whole export is too slow already.
+    One that is still waiting after as long as an answer may take is too slow already.
     """
     bad_in = bad_of(objective)
-    counts_overdue = objective.latency is not None
+    may_take_s = math.inf if objective.threshold_ms is None else objective.threshold_ms / 1000
 
     def measure(sample: Sample) -> Measure:
         requests = bad = 0
@@ -63,7 +63,7 @@ def measure_of(objective: Objective) -> Callable[[Sample], Measure]:
             if cell.inbound:
                 requests += cell.requests
                 bad += bad_in(cell)
-        return Measure(requests, min(bad, requests), sample.overdue if counts_overdue else 0)
+        return Measure(requests, min(bad, requests), sample.waiting_for(may_take_s))
 
     return measure
 

@@ -49,6 +49,7 @@ class Observer:
         self._rows: Sequence[Mapping[str, Any]] = ()
         self._ever_ready: set[str] = set()
         self._down_since: dict[str, float] = {}
+        self._died: set[str] = set()  # since the last look
         self._was_down: dict[str, float] = {}
 
     # -- what is known ------------------------------------------------------------------------------------
@@ -77,8 +78,12 @@ class Observer:
         return self._recent.get(service, ())
 
     def down_in(self, service: str) -> list[str]:
-        """Instances that have served, should serve, and do not."""
+        """Instances that have served, should serve, and do not; or have died just now and may be back."""
         return [name for name in self._down_since if self.situation.instances[name].service == service]
+
+    def died_in(self, service: str) -> list[str]:
+        """Instances that have died since the last look."""
+        return [name for name in self.down_in(service) if name in self._died]
 
     def lately_down(self, name: str) -> bool:
         """Is the instance down, or was it a moment ago?"""
@@ -91,16 +96,16 @@ class Observer:
         objective = self.in_service_objective(service)
         if objective is None or objective.in_service is None:
             return False
-        down = len(self.down_in(service))
-        expected = down + sum(one.ready for one in self.situation.of_service(service))
-        return down > 0 and (expected - down) / expected < objective.in_service
+        down = self.down_in(service)
+        up = sum(one.ready and one.id not in down for one in self.situation.of_service(service))
+        return bool(down) and up / (up + len(down)) < objective.in_service
 
     def short_services(self) -> list[str]:
         """The services for which that is so, and has been for a moment."""
         services = {
             self.situation.instances[name].service
             for name, since in self._down_since.items()
-            if self.now - since >= _GLIMPSE_S
+            if self.now - since >= _GLIMPSE_S or name in self._died
         }
         return sorted(service for service in services if self.short_of(service))
 
@@ -137,8 +142,13 @@ class Observer:
             for name in incident.plan.instances
         }
         down: dict[str, float] = {}
+        self._died = {
+            name
+            for name, one in seen.items()
+            if name in before and one.restarts > before[name].restarts and name in self._ever_ready
+        }
         for name, one in seen.items():
-            if one.ready:
+            if one.ready and name not in self._died:
                 self._ever_ready.add(name)
             elif (
                 name in self._ever_ready

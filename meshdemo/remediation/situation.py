@@ -29,6 +29,7 @@ class Seen:
     ready: bool
     silent: bool = False
     ejected: bool = False
+    restarts: int = 0  # how often it died and was started again by its runtime
 
     @staticmethod
     def of(row: Mapping[str, Any]) -> Seen:
@@ -41,6 +42,7 @@ class Seen:
             ready=row["ready"],
             silent=row["silent"],
             ejected=row["ejected"],
+            restarts=row.get("restarts", 0),  # recordings of older versions do not say
         )
 
     @property

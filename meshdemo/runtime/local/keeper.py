@@ -207,6 +207,7 @@ class Keeper:
         self.ready = False
         self.starts = 0
         self.failures = 0  # deaths since it was last ready
+        self.deaths = 0  # that nobody asked for here
         self.last_exit = ""
         self._plan = plan
         self._reaper = reaper
@@ -219,7 +220,7 @@ class Keeper:
         self._process: subprocess.Popen[bytes] | None = None
         self._exited: asyncio.Future[int] | None = None
         self._tree = False
-        self._ending = False
+        self._ending = self._replacing = False
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -285,6 +286,7 @@ class Keeper:
         self.failures = 0
         self._hurry.set()
         if self._process is not None and self._process.poll() is None:
+            self._replacing = True
             self._process.kill()
         self._changed()
 
@@ -304,6 +306,8 @@ class Keeper:
             self.failures += 1
             if self._ending:
                 break
+            self.deaths += not self._replacing
+            self._replacing = False
             self._changed()
             self._died(self.name, self.last_exit)
             if not self._port_lost():

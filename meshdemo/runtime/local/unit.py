@@ -98,7 +98,8 @@ class Unit:
             id=self.id, service=self.service, version=self.version, revision=self.revision,
             host=LOOPBACK, inbound_port=self.inbound.number, outbound_port=self.outbound.number,
             metrics_port=self.metrics.number, app_host=LOOPBACK, app_port=run.port.number if run else 0,
-            ready=self.ready, token_sha256=sha256(self.token.encode()).hexdigest(),
+            ready=self.ready, restarts=sum(one.deaths for one in self.keepers()),
+            token_sha256=sha256(self.token.encode()).hexdigest(),
         )  # fmt: skip
 
     # -- life ----------------------------------------------------------------------------------------------
