@@ -469,7 +469,7 @@ def app_of(configmaps: Iterable[Manifest]) -> App | None:
 class TokenReviews:
     """Tells whose token this is by asking the API server; what it said holds for a while.
 
-    A sidecar reports once a second with the same token, and each review costs the API server some
+    A sidecar reports twice a second with the same token, and each review costs the API server some
     milliseconds. A token is worth nothing once its pod is gone, whatever the review said before.
     """
 

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _WEB = Path(__file__).resolve().parent.parent / "ui" / "web"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
-# Sidecars report once a second. Looking twice as often, a figure is at most 1.5 s behind its request.
+# Sidecars report twice a second. Looking as often, a figure is at most a second behind its request.
 _EVERY_S = 0.5
 _POINT_EVERY_S = 1.0
 _HEARTBEAT_S = 5.0

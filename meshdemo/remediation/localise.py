@@ -1,6 +1,6 @@
 """Where do the bad requests come from: one instance, one version, one caller, or the whole service? Pure.
 
-Exports come once a second from each sidecar, at moments of their own. When the first one shows a fault, the
+Exports come twice a second from each sidecar, at moments of their own. When the first one shows a fault, the
 others have not yet spoken about the same moment, and an instance that merely reports first looks like the
 only sick one. So each instance is asked about the time after the alarm: `certain` counts its requests that
 surely fell into it. An instance is implicated when its own share is too high; it is cleared when it has so
