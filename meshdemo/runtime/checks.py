@@ -132,9 +132,14 @@ def _docker(*, required: bool) -> Check:
 
 
 def _kind(*, required: bool) -> Check:
-    return _tool(
+    from meshdemo.runtime.kubernetes.kind import outdated
+
+    found = _tool(
         "kind", "version", required, "see https://kind.sigs.k8s.io/docs/user/quick-start/#installation"
     )
+    # "kind v0.33.0 go1.26.1 linux/amd64"
+    remedy = outdated(found.detail.removeprefix("kind ").removeprefix("v")) if found.ok else ""
+    return Check("kind", False, required, f"{found.detail} is too old", remedy) if remedy else found
 
 
 def _cluster(*, required: bool) -> Check:

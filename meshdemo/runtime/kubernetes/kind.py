@@ -32,12 +32,9 @@ class Kind:
         """Find it; raises Missing where kind or Docker is not there, or kind is too old."""
         self._kind = _found("kind", "https://kind.sigs.k8s.io/docs/user/quick-start/#installation")
         self._docker = _found("docker", "https://docs.docker.com/get-docker/")
-        said = _run([self._kind, "version", "--quiet"]).strip().removeprefix("v")
-        match = re.match(r"(\d+)\.(\d+)", said)
-        if match and (int(match[1]), int(match[2])) < OLDEST:
-            oldest = ".".join(map(str, OLDEST))
-            raise Missing(f"kind {said} is too old", f"install kind {oldest} or newer; found {self._kind}")
-        self.version = said
+        self.version = _run([self._kind, "version", "--quiet"]).strip().removeprefix("v")
+        if remedy := outdated(self.version):
+            raise Missing(f"kind {self.version} is too old", f"{remedy}; found {self._kind}")
 
     def clusters(self) -> list[str]:
         """The names of all kind clusters here."""
@@ -106,6 +103,14 @@ class Kind:
         _run(
             [self._kind, "load", "image-archive", str(archive), "--name", cluster, "--nodes", ",".join(nodes)]
         )
+
+
+def outdated(version: str) -> str:
+    """What to do about a version of kind (`0.20.0`) that is too old; empty if it is not."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None or (int(match[1]), int(match[2])) >= OLDEST:
+        return ""
+    return f"install kind {'.'.join(map(str, OLDEST))} or newer"
 
 
 def _bare(reference: str) -> str:
