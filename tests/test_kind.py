@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,7 +26,8 @@ import yaml
 from kind_harness import BASE_IMAGE, Mesh, api_server_away, docker, nodes_frozen, on_kind, require, say, until
 
 from meshdemo.kube import ApiError
-from meshdemo.runtime.kubernetes import apply, kind, manifests
+from meshdemo.runtime.kubernetes import apply, images, kind, manifests
+from meshdemo.runtime.kubernetes.forward import run
 
 # For figures: so often each disturbance and each fault, MESHDEMO_KIND_ROUNDS=10 pytest -m kind -s -k "no_request or heals"
 ROUNDS = int(os.environ.get("MESHDEMO_KIND_ROUNDS", "0"))
@@ -85,6 +88,55 @@ def test_what_cannot_be_pulled_is_said_and_not_waited_for(mesh: Mesh) -> None:
     assert deployment is not None
 
 
+def test_prometheus_finds_workloads_sidecars_and_the_control_plane(mesh: Mesh) -> None:
+    if not images.Builder().has(manifests.PROMETHEUS_IMAGE):
+        pytest.skip(f"PROMETHEUS ON KIND WAS NOT TESTED: Docker has no image {manifests.PROMETHEUS_IMAGE}")
+    apply.await_rollout(mesh.cluster, mesh.name, ["prometheus"], timeout_s=120)
+    url = mesh.json("status")["endpoints"]["prometheus"]
+
+    def ask_prometheus(query: str) -> list[dict[str, Any]]:
+        asked = f"{url}api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        with urllib.request.urlopen(asked, timeout=20) as response:  # noqa: S310 - our own URL
+            found: list[dict[str, Any]] = json.load(response)["data"]["result"]
+        return found
+
+    def targets() -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for row in ask_prometheus("up == 1"):
+            found.setdefault(row["metric"]["job"], set()).add(row["metric"]["instance"])
+        return found
+
+    gateways = {
+        pod["metadata"]["name"]
+        for pod in mesh.cluster.find("Pod", mesh.name, labels="app.kubernetes.io/component=gateway")
+    }
+    pods = {*mesh.ids("service-a"), *mesh.ids("service-b")}
+
+    def all_found() -> bool:
+        found = targets()
+        return (
+            found.get("workloads") == pods
+            and found.get("sidecars") == pods | gateways
+            and len(found.get("control-plane", ())) == 1
+        )
+
+    until(all_found, f"targets; there are {targets()}")
+    assert ask_prometheus("up == 0") == []
+    (row,) = until(
+        lambda: ask_prometheus(
+            'sum by (service) (rate(meshdemo_requests_total{service="service-b"}[30s])) > 50'
+        ),
+        "the rate of requests",
+    )
+    say(
+        f"Prometheus: {len(ask_prometheus('up'))} targets up; service-b {float(row['value'][1]):.0f} requests/s"
+    )
+    with urllib.request.urlopen(f"{url}api/v1/rules", timeout=20) as response:  # noqa: S310
+        groups = json.load(response)["data"]["groups"]
+    assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
+    assert groups
+
+
 def test_only_the_redirecting_container_needs_more_than_restricted(mesh: Mesh) -> None:
     """As the API server's own admission judges it."""
     label = "pod-security.kubernetes.io/enforce"
@@ -135,11 +187,13 @@ def test_a_service_monitor_where_the_kind_exists(mesh: Mesh) -> None:
     found = mesh.cluster.get("ServiceMonitor", "meshdemo", mesh.name)
     assert found is not None
     selected = found["spec"]["selector"]["matchLabels"]
-    (service,) = mesh.cluster.find(
+    services = mesh.cluster.find(
         "Service", mesh.name, labels=",".join(f"{key}={value}" for key, value in selected.items())
     )
-    ports = {port["name"] for port in service["spec"]["ports"]}
-    assert {endpoint["port"] for endpoint in found["spec"]["endpoints"]} <= ports
+    assert {one["metadata"]["name"] for one in services} == {"mesh-metrics", "gateway-metrics"}
+    for service in services:
+        ports = {port["name"] for port in service["spec"]["ports"]}
+        assert {endpoint["port"] for endpoint in found["spec"]["endpoints"]} <= ports
     assert "nothing to change" in mesh.run("up")
 
 
@@ -325,6 +379,35 @@ def test_no_request_fails(mesh: Mesh, disturb: Callable[[Mesh], None]) -> None:
             disturb(mesh)
 
 
+def test_the_root_is_replaced_under_load_and_no_request_fails(mesh: Mesh) -> None:
+    """Also while pods come and the control plane goes, before any kubelet has brought the new root to a pod."""
+    client = mesh.runtime.control()
+
+    def root() -> str:
+        trust = mesh.cluster.get("ConfigMap", "meshdemo-trust", mesh.name)
+        assert trust is not None
+        return str(trust["data"]["trust.pem"])
+
+    def connected() -> bool:
+        return all(row["connected"] and row["acked"] for row in client.status()["instances"])
+
+    for round_ in range(ROUNDS or 2):
+        before = root()
+        with mesh.no_request_lost(f"the root replaced, {('a pod', 'the control plane')[round_ % 2]} with it"):
+            mesh.run("identity", "rotate", "--root")
+            assert root() != before
+            assert root().count("BEGIN CERTIFICATE") == 1
+            (delete_one if round_ % 2 == 0 else restart_control_plane)(mesh)
+            client = mesh.runtime.control()
+            until(connected, "all sidecars to be back")
+        # What the pods were brought is what they started with, or newer; they need not have the new root yet.
+        old = mesh.ids("service-a")[0]
+        brought = run(mesh.cluster, mesh.name, old, "meshdemo-sidecar", ["cat", "/etc/meshdemo/trust.pem"])
+        say(f"a pod that was there {'has the new root' if brought == root() else 'has yet to be told'}")
+    assert client.identities()["trusted_roots"] == 1
+    until(lambda: next(one for one in mesh.json("edges") if one["caller"] == "service-a")["secured"], "mTLS")
+
+
 def test_a_restarted_control_plane_has_forgotten_nothing(mesh: Mesh) -> None:
     mesh.run("traffic", "set", "service-b", "--timeout", "7s")
     fault = mesh.json("fault", "--lat", "1", "--at", "mesh")
@@ -344,8 +427,6 @@ def test_a_restarted_control_plane_has_forgotten_nothing(mesh: Mesh) -> None:
 
 
 def test_the_control_plane_is_small(mesh: Mesh) -> None:
-    from meshdemo.runtime.kubernetes.forward import run
-
     runtime = mesh.runtime
     said = run(runtime.cluster, mesh.name, runtime._control_pod(), "control-plane", ["cat", "/proc/1/status"])
     used_mb = int(next(line.split()[1] for line in said.splitlines() if line.startswith("VmRSS"))) / 1024

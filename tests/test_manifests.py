@@ -135,11 +135,16 @@ def test_a_prometheus_operator_is_told_of_everything() -> None:
     services = [one for one in made if one["kind"] == "Service"]
     monitors = {one["metadata"]["name"]: one["spec"] for one in made if one["kind"] == "ServiceMonitor"}
     assert set(monitors) == {"meshdemo", "control-plane"}
+    scraped = set()
     for monitor in monitors.values():
         wanted = monitor["selector"]["matchLabels"].items()
-        (service,) = [one for one in services if wanted <= one["metadata"]["labels"].items()]
-        ports = {port["name"] for port in service["spec"]["ports"]}
-        assert {endpoint["port"] for endpoint in monitor["endpoints"]} <= ports
+        found = [one for one in services if wanted <= one["metadata"]["labels"].items()]
+        assert found
+        for service in found:
+            ports = {port["name"] for port in service["spec"]["ports"]}
+            assert {endpoint["port"] for endpoint in monitor["endpoints"]} <= ports
+            scraped.add(service["spec"]["selector"]["app.kubernetes.io/component"])
+    assert scraped == {"workload", "gateway", "control-plane"}  # every sidecar, the gateway's Envoy included
     assert monitors["control-plane"]["endpoints"][0]["honorLabels"] is True
     workloads, sidecars = monitors["meshdemo"]["endpoints"]
     assert [one["action"] for one in workloads["relabelings"] if "action" in one] == ["keep"]

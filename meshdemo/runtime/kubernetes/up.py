@@ -12,7 +12,7 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -192,8 +192,13 @@ class _Up:
         cluster = step(title, self._reach)
         builds = [step(f"Building {names}", self._build(group)) for names, group in self._groups()]
         there = builds
+        welcome: list[Step] = []
         if on_kind:
-            there = [step("Loading the images into the nodes", self._load, *builds)]
+            there = [
+                step("Loading the images into the nodes", self._load(self._references.values()), *builds)
+            ]
+            if self._observes and (known := self._observability_at_hand()):
+                welcome = [step("Loading Prometheus and Grafana into the nodes", self._load(known), *there)]
         elif self._registry:
             there = [
                 step(f"Pushing {name} to {self._registry}", self._push(name), build)
@@ -212,7 +217,9 @@ class _Up:
             ready.append(step(name, self._start(key), *needs))
         if self._watches:
             ready.append(step("Starting watch in the cluster", self._start(_WATCH), *needs))
-        observed = step("Starting Prometheus and Grafana", self._observe, base) if self._observes else None
+        observed = (
+            step("Starting Prometheus and Grafana", self._observe, base, *welcome) if self._observes else None
+        )
         request = step("Sending a request through the mesh", self._request, *ready)
         if observed is not None:
             step("Looking at Prometheus and Grafana", self._look_at_observability, observed, request)
@@ -311,24 +318,33 @@ class _Up:
 
         return run
 
-    def _load(self, tell: Callable[[str], None]) -> None:
+    def _observability_at_hand(self) -> list[str]:
+        """The images of Prometheus and Grafana that Docker has here; nodes pull the others."""
+        wanted = (manifests.PROMETHEUS_IMAGE, manifests.GRAFANA_IMAGE)
+        return [image for image in wanted if self._builder.has(image)]
+
+    def _load(self, wanted: Iterable[str]) -> Callable[[Callable[[str], None]], None]:
         """Load what the nodes lack; they take images long before Kubernetes is up on them."""
-        wanted = list(self._references.values())
-        with tempfile.TemporaryDirectory(prefix="meshdemo-") as folder:
-            archive = Path(folder) / "images.tar"
-            if self._makes_cluster:  # its nodes lack everything, and are not there yet
-                tell("saving")
-                self._builder.save(wanted, archive)
-            lacking = self._lacking(wanted, tell)
-            needed = sorted({image for images_of in lacking.values() for image in images_of})
-            if not needed:
-                return
-            if not archive.exists():
-                tell("saving")
-                self._builder.save(needed, archive)
-            tell("loading")
-            nodes = [node for node, images_of in lacking.items() if images_of]
-            self._kind.load(self._options.name, archive, nodes)
+        images_wanted = list(wanted)
+
+        def run(tell: Callable[[str], None]) -> None:
+            with tempfile.TemporaryDirectory(prefix="meshdemo-") as folder:
+                archive = Path(folder) / "images.tar"
+                if self._makes_cluster:  # its nodes lack everything, and are not there yet
+                    tell("saving")
+                    self._builder.save(images_wanted, archive)
+                lacking = self._lacking(images_wanted, tell)
+                needed = sorted({image for images_of in lacking.values() for image in images_of})
+                if not needed:
+                    return
+                if not archive.exists():
+                    tell("saving")
+                    self._builder.save(needed, archive)
+                tell("loading")
+                nodes = [node for node, images_of in lacking.items() if images_of]
+                self._kind.load(self._options.name, archive, nodes)
+
+        return run
 
     def _lacking(self, wanted: Sequence[str], tell: Callable[[str], None]) -> dict[str, list[str]]:
         """Which images each node lacks, once all of them can say so."""
