@@ -202,7 +202,18 @@ def test_another_mesh_is_not_there(mesh: Mesh, args: list[str]) -> None:
     done = mesh(*args)
     assert done.returncode == 3
     assert "'other'" in done.stderr
-    assert "meshdemo up" in done.stderr
+    assert "`meshdemo up --name other`" in done.stderr
+
+
+def test_commands_that_are_named_are_of_this_mesh() -> None:
+    said = "`meshdemo up --version b=v2` starts it, `meshdemo check` looks, `meshdemo down --name x` ends it"
+    context = Context()
+    assert context.naming(said) == said
+    context.name = "other"
+    assert context.naming(said) == (
+        "`meshdemo up --version b=v2 --name other` starts it, `meshdemo check` looks, "
+        "`meshdemo down --name x` ends it"
+    )
 
 
 @pytest.mark.parametrize("name", ["Mesh", "1mesh", "mesh-", "a" * 41, "me_sh", "", "../etc", "-"])

@@ -165,7 +165,8 @@ def test_every_sensible_mesh_fault_is_accepted(
     ("asked", "complaint"),
     [
         ({}, "nothing to break: give --lat MS, --err SHARE, --crash or --hang"),
-        ({"lat_ms": 0.0}, "nothing to break"),
+        ({"lat_ms": 0.0}, "nothing to break: a latency of 0 and no errors"),
+        ({"lat_ms": 5.0, "share": 0.0, "at": "mesh"}, "with --share 0 no request gets the latency"),
         ({"lat_ms": -1.0}, "--lat -1: a latency is 0 to 3600000"),
         ({"lat_ms": math.nan}, "--lat nan"),
         ({"err_rate": 1.01}, "--err 1.01: an error share is 0 to 1"),

@@ -92,6 +92,7 @@ def test_another_app_under_this_name_is_refused(mesh: Cli, tmp_path: Path) -> No
         (["--replicas", "nobody=3"], "no service 'nobody'"),
         (["--replicas", "service-b"], "write it as SERVICE=N"),
         (["--replicas", "service-b=x"], "is a whole number"),
+        (["--replicas", "service-b=1001"], "allowed is 0 to 1000"),
         (["--rps", "-5"], "allowed is 0 to 100000"),
         (["--version", "service-b=v7"], "no such version; there are: v1, v2"),
         (["--runtime", "nomad"], "allowed is auto, local, kind, kubernetes"),

@@ -13,6 +13,7 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from meshdemo.apps import loader
@@ -20,7 +21,8 @@ from meshdemo.control.model import Instance
 from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.files import write_atomic
 from meshdemo.runtime import checks, select
-from meshdemo.runtime.local import prometheus
+from meshdemo.runtime.base import UpOptions
+from meshdemo.runtime.local import prometheus, room
 from meshdemo.runtime.local.client import SupervisorClient
 from meshdemo.runtime.local.files import Lock, locked
 from meshdemo.runtime.local.keeper import BoundedLog
@@ -28,6 +30,7 @@ from meshdemo.runtime.local.logs import read
 from meshdemo.runtime.local.paths import MARK, MeshPaths, claim, home, names
 from meshdemo.runtime.local.ports import Port
 from meshdemo.runtime.local.probe import ask
+from meshdemo.runtime.local.runtime import LocalRuntime
 from meshdemo.runtime.local.through import request_through
 
 # -- files and locks -------------------------------------------------------------------------------------------
@@ -360,3 +363,27 @@ def test_a_missing_part_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch
     assert not found["prometheus"].required
     with pytest.raises(BadInput):
         checks.check("nomad")
+
+
+# -- how many instances fit -----------------------------------------------------------------------------------
+
+
+def test_a_machine_carries_so_many_instances() -> None:
+    assert room.most(2, 24_000_000_000) == 64  # as the cores have it
+    assert room.most(64, 4_000_000_000) == 40  # as the memory has it
+    assert room.most(1, 1) == 1
+
+
+def test_too_many_instances_are_refused_before_anything_begins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MESHDEMO_HOME", str(tmp_path / "home"))
+    many = room.most(os.cpu_count() or 1, psutil.virtual_memory().total) + 1
+    room.check(many, before=many)  # what runs already may go on
+    with pytest.raises(BadInput, match=rf"{many} instances in all: this machine .* carries {many - 1}"):
+        room.check(many, before=2)
+    if many <= 1000:
+        asked = UpOptions(name="m", app=loader.load("pair"), replicas={"service-b": many})
+        with pytest.raises(BadInput, match="give fewer --replicas"):
+            LocalRuntime("m").steps(asked)
+    assert not (tmp_path / "home").exists()

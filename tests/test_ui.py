@@ -137,6 +137,16 @@ def test_what_is_sick_stays_when_there_is_no_room_for_all() -> None:
     assert "more" in shown
 
 
+def test_on_a_small_screen_a_service_that_nobody_calls_leaves_room_for_what_happened() -> None:
+    idle = service("service-a", "unknown", instances=1)
+    unknown = tuple(replace(one, health="unknown") for one in idle.objectives)
+    idle = replace(idle, numbers=numbers(rps=0, success=None, p50=None), objectives=unknown)
+    shown = text(view((idle, service("service-b", "healing", bad=0.5)), incidents=1, events=9), 80, 24)
+    assert "? service-a" in shown
+    assert "event 5" in shown
+    assert "? unknown" not in shown.partition("OBJECTIVE")[2].partition("INCIDENTS")[0]
+
+
 def test_what_breakers_refused_and_who_is_ejected_stands_below_the_service() -> None:
     one = service("service-b")
     out = replace(one.instances[0], state="ejected")

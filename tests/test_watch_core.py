@@ -369,10 +369,22 @@ def test_signals_that_make_no_sense_name_their_line(tmp_path: Path, line: str) -
 # -- the board ------------------------------------------------------------------------------------------------
 
 
+def test_without_requests_no_objective_is_said_to_hold() -> None:
+    core = Core(POLICY)
+    run = Run(SimMesh(1, rps=0.0), core)
+    board = Board("m", "local", "policy.yaml", core, lambda fault: fault.id)
+    run.run(3)
+    board.add(run.mesh.tick())
+    view = board.view(run.mesh.now, connected=True)
+    assert [one.health for one in view.services] == ["unknown"]
+    assert view.doing == "nothing to judge yet"
+
+
 def test_the_board_shows_what_goes_on() -> None:
     core = Core(POLICY)
     run = Run(SimMesh(1, background=0.001), core)
     board = Board("m", "local", "policy.yaml", core, lambda fault: fault.id)
+    assert board.view(run.mesh.now, connected=True).doing == "waiting for the first signals"
     tick = run.mesh.tick
 
     def tick_and_show() -> Any:

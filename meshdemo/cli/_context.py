@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NAME = "mesh-demo"
 _PIPE_WIDTH = 240
+_COMMAND = re.compile(r"`meshdemo (?!check\b)([^`]*)`")
 
 
 class Output(StrEnum):
@@ -84,7 +86,18 @@ class Context:
     def say(self, message: str) -> None:
         """Print a line for people: the result of a command, not its progress."""
         if not self.as_json:
-            print(message, flush=True)
+            print(self.naming(message), flush=True)
+
+    def naming(self, text: str) -> str:
+        """`text` with the commands in it (between backquotes) as they must be typed for this mesh."""
+        if self.name == DEFAULT_NAME:
+            return text
+        return _COMMAND.sub(
+            lambda command: (
+                command[0] if "--name" in command[1] else f"`meshdemo {command[1]} --name {self.name}`"
+            ),
+            text,
+        )
 
     @contextmanager
     def progress(self, title: str) -> Iterator[None]:

@@ -29,7 +29,7 @@ def number(value: float, what: str, low: float, high: float, unit: str = "") -> 
     if not low <= value <= high:
         limits = f"{low:g} to {high:g}{' ' + unit if unit else ''}"
         raise BadInput(f"{what} {value:g}: allowed is {limits}")
-    return value
+    return value + 0.0  # -0 is 0
 
 
 def split(text: str, what: str = "--split") -> dict[str, int]:

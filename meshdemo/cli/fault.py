@@ -94,7 +94,7 @@ def _sentence(outcome: FaultOutcome) -> str:
     )
     return (
         f"{made.id}: {tables.fault_words(made)}; in force after {outcome.effective_ms:.0f} ms {where}\n"
-        f"  end it with: meshdemo fault clear {made.id}"
+        f"  end it with: `meshdemo fault clear {made.id}`"
     )
 
 

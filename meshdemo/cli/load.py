@@ -15,7 +15,7 @@ def command(
     rps: Annotated[float, typer.Option("--rps", metavar="N", help="Requests per second; 0 stops it.")],
 ) -> None:
     """Set the load that service-a makes."""
-    _values.number(rps, "--rps", 0, MAX_RPS, "requests/s")
+    rps = _values.number(rps, "--rps", 0, MAX_RPS, "requests/s")
     context = _context.of(ctx)
     context.runtime.set_load(rps)
     if context.as_json:

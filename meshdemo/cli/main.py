@@ -232,9 +232,9 @@ def _complain(message: str, remedy: str, context: Context, error: BaseException 
         import traceback
 
         traceback.print_exception(error, file=sys.stderr)
-    print(f"meshdemo: {message}", file=sys.stderr)
+    print(f"meshdemo: {context.naming(message)}", file=sys.stderr)
     if remedy:
-        print(f"  {remedy}", file=sys.stderr)
+        print(f"  {context.naming(remedy)}", file=sys.stderr)
 
 
 def _close_stdout() -> None:

@@ -265,7 +265,7 @@ def _split(mesh: MeshState, service: str, value: Any) -> dict[str, int]:
         if weights[version] and not _running(mesh, service, version):
             raise BadInput(
                 f"version '{version}' of {service} has no instance to send traffic to",
-                f"start it first: meshdemo up --version {service}={version}",
+                f"start it first: `meshdemo up --version {service}={version}`",
             )
     if sum(weights.values()) != 100:
         given = ", ".join(f"{version}={weight}" for version, weight in weights.items())
@@ -283,7 +283,7 @@ def _mirror(mesh: MeshState, service: str, value: Any) -> dict[str, float]:
         if shares[version] and not _running(mesh, service, version):
             raise BadInput(
                 f"version '{version}' of {service} has no instance to mirror to",
-                f"start it first: meshdemo up --version {service}={version}",
+                f"start it first: `meshdemo up --version {service}={version}`",
             )
     return shares
 

@@ -123,8 +123,9 @@ class Board:
         seen = core.situation.instances
         services = sorted({one.service for one in seen.values()})
         incidents = [*sorted(core.open.values(), key=lambda one: -one.opened_at), *reversed(core.past)]
-        doing, why = self._doing()
         refused, outliers = self._refused(), self._outliers()
+        shown = tuple(self._service(name, now, refused, outliers) for name in services)
+        doing, why = self._doing(shown)
         return WatchView(
             mesh=self._mesh,
             runtime=self._runtime,
@@ -135,7 +136,7 @@ class Board:
             connected=connected,
             doing=doing,
             why=why,
-            services=tuple(self._service(name, now, refused, outliers) for name in services),
+            services=shown,
             incidents=tuple(_incident(incident) for incident in incidents),
             log=tuple(self._log),
             actions_used=core.guard.used(now),
@@ -273,8 +274,10 @@ class Board:
         instances = self._core.situation.of_service(service)
         return bool(instances) and all(one.silent for one in instances)
 
-    def _doing(self) -> tuple[str, str]:
+    def _doing(self, services: Sequence[ServiceView]) -> tuple[str, str]:
         core = self._core
+        if not services:
+            return "waiting for the first signals", ""
         if not core.open:
             silent = [one.id for one in core.situation.instances.values() if one.silent]
             if silent:
@@ -282,6 +285,8 @@ class Board:
                     "all objectives that can be judged hold",
                     f"silent, so unknown: {', '.join(silent[:5])}",
                 )
+            if all(service.health == "unknown" for service in services):
+                return "nothing to judge yet", "too few requests in the window of any objective"
             return "all objectives hold", ""
         incident = min(core.open.values(), key=lambda one: one.opened_at)
         plan = incident.plan.words if incident.plan else ""

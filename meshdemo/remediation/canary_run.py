@@ -101,7 +101,7 @@ class CanaryRun:
         if not ready.get(version):
             raise BadInput(
                 f"{service} {version} does not run",
-                f"start it with: meshdemo up --version {service}={version}",
+                f"start it with: `meshdemo up --version {service}={version}`",
             )
         rules = self._client.traffic().get(service)
         split = dict(rules.split) if rules else {}

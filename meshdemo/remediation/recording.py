@@ -97,5 +97,5 @@ def _look(line: str, where: str) -> Look:
         words = str(error).splitlines()[0]
         raise BadInput(
             f"{where}: no recorded signals: {type(error).__name__}: {words}",
-            "record some with: meshdemo watch --record FILE",
+            "record some with: `meshdemo watch --record FILE`",
         ) from error

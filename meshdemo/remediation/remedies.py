@@ -112,7 +112,7 @@ class Remedies:
         for fault_id in plan.fault_ids:
             with suppress(BadInput):  # it has ended by itself
                 cleared = faults.clear(self._runtime, fault_id)
-                words = f"felt by nobody after {cleared.effective_ms:.0f} ms"
+                words = f"out of force after {cleared.effective_ms:.0f} ms"
         return words
 
     def _shift_away(self, plan: Plan, reason: str) -> str:

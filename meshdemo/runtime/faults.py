@@ -118,7 +118,9 @@ def request(
         raise BadInput(f"--share {share:g}: it says which share of requests gets the latency, so give --lat")
     if lat_ms is None and err_rate is None:
         raise BadInput("nothing to break: give --lat MS, --err SHARE, --crash or --hang")
-    if not (lat_ms and share != 0) and not err_rate:
+    if lat_ms and share == 0 and not err_rate:
+        raise BadInput("nothing to break: with --share 0 no request gets the latency; give more, up to 1")
+    if not lat_ms and not err_rate:
         raise BadInput("nothing to break: a latency of 0 and no errors; `meshdemo fault clear` ends faults")
     return FaultRequest(
         place, "degrade", service, version, instance, route, caller, lat_ms, err_rate,

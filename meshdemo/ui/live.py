@@ -418,11 +418,17 @@ def _objectives(view: WatchView, width: int) -> _Section:
             _Cell(_whole_percent(left), 6, drained if left < 0.25 else "", right=True),
         )
 
+    def weight(service: ServiceView, objective: ObjectiveView) -> int:
+        if objective.health == "unknown":  # where nobody calls there is nothing to see
+            return 2 if service.numbers.rps else 0
+        return 1 if objective.health == "ok" else 3
+
     rows = [
-        _Row(partial(row, service, objective), weight=0 if objective.health == "ok" else 1)
+        _Row(partial(row, service, objective), weight=weight(service, objective))
         for service, objective in pairs
     ]
-    return _Section(heading, rows, least=2, empty="the policy has no objective for these services")
+    empty = "the policy has no objective for these services" if view.services else "no service yet"
+    return _Section(heading, rows, least=3, empty=empty)
 
 
 def _whole_percent(share: float) -> str:
@@ -468,4 +474,4 @@ def _log(view: WatchView, width: int) -> _Section:
         return text
 
     rows = [_Row(partial(row, line)) for line in view.log]
-    return _Section(_heading("  EVENTS"), rows, least=2, empty="none so far", newest_last=True)
+    return _Section(_heading("  EVENTS"), rows, least=4, empty="none so far", newest_last=True)

@@ -144,7 +144,7 @@ def _fault_harm(fault: Fault) -> str:
     parts = []
     if fault.lat_ms:
         partly = f" for {fmt.percent(fault.share, 0)}" if fault.share < 1 else ""
-        parts.append(f"{fault.lat_ms:g} ms{partly}")
+        parts.append(f"{fault.lat_ms:.7g} ms{partly}")
     if fault.err_rate:
         parts.append(f"{fault.err_rate * 100:g}% errors")
     return " and ".join(parts)

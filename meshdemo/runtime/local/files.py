@@ -11,6 +11,7 @@ from pathlib import Path
 from meshdemo.errors import Failed
 
 _POLL_S = 0.05
+_WAIT = "wait until it is done, then run this again"
 
 
 class Lock:
@@ -21,15 +22,15 @@ class Lock:
         self._fd = fd
 
     @staticmethod
-    def take(path: Path, holder: str, *, wait_s: float = 0) -> Lock:
+    def take(path: Path, holder: str, *, wait_s: float = 0, remedy: str = _WAIT) -> Lock:
         """Take the lock, waiting up to `wait_s` for it.
 
-        Raises Failed naming the holder if somebody else has it, or if the file cannot be made.
+        Raises Failed naming the holder (and `remedy`) if somebody else has it, or if the file cannot be made.
         """
         give_up = time.monotonic() + wait_s
         while (fd := _try(path)) is None:
             if time.monotonic() >= give_up:
-                raise Failed(f"{_read(path)} is at work on it", "wait until it is done, then run this again")
+                raise Failed(f"{_read(path)} is at work on it", remedy)
             time.sleep(_POLL_S)
         with suppress(OSError):  # on a full disk the lock holds all the same, it only has no name on it
             os.ftruncate(fd, 0)
@@ -72,9 +73,9 @@ def _read(path: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path, holder: str) -> Iterator[None]:
+def locked(path: Path, holder: str, remedy: str = _WAIT) -> Iterator[None]:
     """Hold a lock for a block; see `Lock.take`."""
-    lock = Lock.take(path, holder)
+    lock = Lock.take(path, holder, remedy=remedy)
     try:
         yield
     finally:

@@ -63,11 +63,13 @@ class LocalRuntime:
         No steps if it is as asked for. Raises BadInput, Failed if it cannot be brought there.
         """
         from meshdemo.runtime.base import Step
+        from meshdemo.runtime.local import room
         from meshdemo.runtime.local import spec as specs
 
         running = self._describe_if_running()
         before = self._stored_spec(running)
         wanted = specs.wanted(options, before, now=time.time())
+        room.check(wanted.instances, before.instances if before is not None else 0)
         ready = running is not None and all(one["ready"] for one in running["instances"])
         if ready and not specs.differences(before, wanted):
             return []
@@ -372,7 +374,11 @@ class LocalRuntime:
     def watch_lock(self) -> AbstractContextManager[None]:
         """Held while a watch runs; raises Failed naming the holder if another one holds it."""
         self._describe()
-        return locked(self.paths.watch_lock, f"a `meshdemo watch` of mesh '{self.name}'")
+        return locked(
+            self.paths.watch_lock,
+            f"a `meshdemo watch` of mesh '{self.name}'",
+            "one acts on a mesh at a time: end that one first, or look on with `meshdemo watch --dry-run`",
+        )
 
     def identity(self) -> str | None:
         """What tells this mesh from one brought up under its name later; None: there is none any more."""

@@ -96,6 +96,11 @@ class MeshSpec(_Value):
     )
     gateway_port: int | None = Field(default=None, description="as the user named it; None: any")
 
+    @property
+    def instances(self) -> int:
+        """How many there are in all."""
+        return sum(workload.instances for workload in self.workloads.values())
+
     def workload(self, service: str, version: str) -> WorkloadSpec:
         """A workload that runs. Raises BadInput naming those there are."""
         versions = self.versions(service)
