@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from meshdemo.bench import controlplane, load, prometheus, trial, up
+from meshdemo.bench import controlplane, load, prometheus, see, steer, trial, up
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import _Export
 from meshdemo.bench.stage import Stage, attempt, until
@@ -194,3 +194,36 @@ def test_bare_proxies_verify_each_other(caller: bool) -> None:
     assert "verify required" in haproxy
     assert "ssl-min-ver TLSv1.3" in haproxy
     assert ("proxy_ssl_verify on" if caller else "ssl_verify_client on") in nginx
+
+
+# -- looking and steering ---------------------------------------------------------------------------------
+
+
+def test_what_looking_costs_is_measured_on_a_real_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(see, "RPS", 40.0)
+    with Stage() as stage:
+        findings = see.run(stage, Scale(quick=True, runs=1), lambda line: None)
+    figures = {one.key: one for one in findings.figures}
+    assert list(figures) == [
+        *(f"see.tap.{key}" for key in ("p50", "p99", "cpu", "failed", "seen")),
+        "see.page",
+    ], findings.notes
+    for key in ("p50", "p99", "cpu", "failed"):
+        assert {name: len(values) for name, values in figures[f"see.tap.{key}"].values.items()} == {
+            see.TAPPED: 2,
+            see.NOT_TAPPED: 2,
+        }
+    assert all(seen > 0 for seen in figures["see.tap.seen"].values[see.TAPPED])
+    assert all(0 < late < math.inf for late in figures["see.page"].values["page"])
+
+
+def test_a_split_and_a_bad_canary_are_measured_on_a_real_mesh() -> None:
+    with Stage() as stage:
+        findings = steer.run(stage, Scale(quick=True, runs=1), lambda line: None)
+    figures = {one.key: one for one in findings.figures}
+    assert list(figures) == [f"steer.{key}" for key in ("split", "call", "failed", "canary", "restore")], (
+        findings.notes
+    )
+    for key in ("split", "call", "canary", "restore"):
+        (value,) = figures[f"steer.{key}"].values[steer.MESH]
+        assert 0 < value < math.inf

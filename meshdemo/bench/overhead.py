@@ -131,7 +131,7 @@ def _ways(stage: Stage) -> Iterator[tuple[list[Way], list[LeftOut]]]:
     """All ways that can be set up here, and what had to be left out."""
     left_out = []
     with ExitStack() as stack:
-        runtime = stack.enter_context(stage.mesh(_app(stage)))
+        runtime = stack.enter_context(stage.mesh(instant_app(stage)))
         mesh, server = _mesh(runtime)
         ways = [Way(DIRECT, server, ()), mesh]
         keys = _keys(stage)
@@ -171,7 +171,7 @@ def _pair(
         yield Way(name, to, _family(proxies))
 
 
-def _app(stage: Stage) -> App:
+def instant_app(stage: Stage) -> App:
     """service-a calls service-b, as in the pair; both are the server that answers at once."""
     program = {
         "command": [sys.executable, "-P", "-m", "meshdemo.bench.upstream"],

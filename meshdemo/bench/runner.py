@@ -40,6 +40,8 @@ SUITES: Mapping[str, About] = {
     "controlplane": About(3, 1),
     "up": About(2, 0.5),  # and 8 where kind is there
     "load": About(4, 1),
+    "see": About(6, 1),
+    "steer": About(3, 0.5),
 }
 
 

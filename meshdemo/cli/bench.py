@@ -23,8 +23,8 @@ def command(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[overhead|fault|heal|controlplane|up|load|all]...", help="Which (default: all).",
-            show_default=False,
+            metavar="[overhead|fault|heal|controlplane|up|load|see|steer|all]...",
+            help="Which (default: all).", show_default=False,
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short look, not figures to quote.")] = False,
@@ -43,8 +43,8 @@ def command(
 ) -> None:  # fmt: skip
     """What the mesh costs and how fast it heals, on this machine, next to the alternatives.
 
-    About fifty minutes for all, of which heal is more than half (half an hour more where kind is
-    installed); eight minutes with --quick.
+    About an hour for all, of which heal is more than half (half an hour more where kind is
+    installed); ten minutes with --quick.
     Everything runs in meshes of its own, which are gone afterwards.
     """
     from meshdemo.bench import runner
