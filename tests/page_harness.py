@@ -22,7 +22,7 @@ from typing import Any
 import waitress
 
 from meshdemo.apps.model import App
-from meshdemo.control import load, metrics, objectives, page
+from meshdemo.control import hand, load, metrics, objectives, page
 from meshdemo.control.api import Control, create_app
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
@@ -100,7 +100,9 @@ class FakePlane:
 class Place:
     """A control plane with made-up sidecars that report once a second."""
 
-    def __init__(self, mesh: MeshState, folder: Path, *, port: int = 0, rps: float = 50.0) -> None:
+    def __init__(
+        self, mesh: MeshState, folder: Path, *, port: int = 0, rps: float = 50.0, by_hand: Sequence[str] = ()
+    ) -> None:
         self.mesh = mesh
         self.rps = rps
         self.chance = random.Random(3)
@@ -123,13 +125,15 @@ class Place:
             loop=self.loop,
             read_mesh=lambda: mesh,
         )
-        self.broadcast = page.Broadcast(self.control, default_goals=default_goals())
+        ours = hand.Hand(by_hand)
+        self.broadcast = page.Broadcast(self.control, default_goals=default_goals(), by_hand=ours.there)
         sessions = Sessions(TOKEN, mesh.mesh)
         app = create_app(
             self.control,
             token=TOKEN,
             blueprints=[
                 page.blueprint(self.broadcast, sessions),
+                hand.blueprint(ours),
                 load.blueprint(load.LoadKeeper(self.control)),
                 objectives.blueprint(self.control.totals.objectives),
             ],

@@ -240,6 +240,7 @@ def test_faults_splits_and_loads_ask_first(pair: Place, opened: Any) -> None:
     page.get_by_role("button", name="Inject a fault").click()
     dialog = page.locator("#fault-dialog")
     dialog.get_by_label("Where").select_option("instance=service-b-v1-0")
+    dialog.get_by_label("Latency, ms").fill("0")
     dialog.get_by_label("Share of errors").fill("0")
     expect(dialog.get_by_role("button", name="Break it")).to_be_disabled()
     dialog.get_by_label("Share of errors").fill("35")
@@ -248,7 +249,7 @@ def test_faults_splits_and_loads_ask_first(pair: Place, opened: Any) -> None:
     )
     dialog.get_by_role("button", name="Break it").click()
     expect(page.locator("#said")).to_contain_text("in force after")
-    expect(card(page, "service-b")).to_contain_text("⚡ 35.00 % errors on v1-0")
+    expect(card(page, "service-b")).to_contain_text("⚡ 35 % errors on v1-0")
     expect(page.locator("#summary")).to_contain_text("1 fault in force")
     page.get_by_role("button", name="Clear 1 fault").click()
     expect(page.locator("#clear-what")).to_contain_text("service-b-v1-0")
@@ -268,6 +269,72 @@ def test_faults_splits_and_loads_ask_first(pair: Place, opened: Any) -> None:
     page.locator("#load-dialog").get_by_role("button", name="Set").click()
     expect(page.locator("#load-dialog")).to_be_visible()  # the browser itself says what is allowed
     page.keyboard.press("Escape")
+
+
+def test_what_cannot_be_done_from_the_page_is_shown_as_a_command(pair: Place, opened: Any) -> None:
+    """As on Kubernetes, where the control plane may not change what runs."""
+    page = opened(pair.link)
+    page.get_by_role("button", name="Inject a fault").click()
+    dialog = page.locator("#fault-dialog")
+    expect(dialog.get_by_label("What")).to_have_value("mesh")
+    dialog.get_by_label("What").select_option("app")
+    expect(dialog.locator("[data-problem]")).to_contain_text("Type the command below")
+    expect(dialog.get_by_role("button", name="Break it")).to_be_disabled()
+    command = dialog.locator("[data-command]")
+    expect(command).to_have_text("meshdemo fault --service service-b --lat 200 --err 0.2")
+    dialog.get_by_label("What").select_option("hang")
+    expect(command).to_have_text("meshdemo fault --hang --service service-b")
+    expect(dialog.get_by_label("Latency, ms")).to_be_hidden()
+    page.keyboard.press("Escape")
+
+
+def test_a_command_can_be_taken_along(pair: Place, opened: Any) -> None:
+    page = opened(pair.link)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("tab", name="Routes").click()
+    page.locator("#panel-routes").get_by_role("button", name="Copy").click()
+    expect(page.locator("#panel-routes .copy")).to_have_text("✓ Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == "meshdemo stat service-b --by route --window 3s"
+
+
+SHIFTS = """(() => { window.shifts = []; new PerformanceObserver((list) => { for (const one of list.getEntries())
+  window.shifts.push(`${one.value}: ${one.sources.map((source) => source.node?.id || source.node?.nodeName)}`); }).observe({ type: 'layout-shift' }); })()"""
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_figures_that_change_move_nothing(pair: Place, opened: Any, width: int) -> None:
+    """Failures and slow answers that come and go, with a note each, longer words and longer numbers."""
+    page = opened(pair.link, viewport={"width": width, "height": 844})
+    updates = "performance.getEntriesByName('update').length"
+    every = ("service-b-v1-0", "service-b-v1-1", "service-b-v2-2")
+    try:
+        for turn in range(6):
+            pair.sick = dict.fromkeys(every, 0.2 if turn % 2 else 0.0)
+            pair.slow_ms = dict.fromkeys(every, 0.0 if turn % 2 else 1200.0)
+            word = "✗ failing" if turn % 2 else "✗ far too slow"
+            expect(page.locator("#now-state")).to_contain_text(word)
+            before = page.evaluate(updates)
+            while page.evaluate(updates) < before + 2:
+                page.wait_for_timeout(100)
+            if turn == 1:  # all that is there has been there
+                page.evaluate(SHIFTS)
+        assert page.evaluate("window.shifts") == []
+    finally:
+        pair.sick, pair.slow_ms = {}, {}
+
+
+def test_a_young_mesh_fills_its_time_line(opened: Any) -> None:
+    with place(2, 4) as made:
+        page = opened(made.link)
+        expect(page.locator("#history")).to_contain_text("\N{MINUS SIGN}45 s")
+        page.locator("#span").select_option("600")
+        expect(page.locator("#history")).to_contain_text("\N{MINUS SIGN}10 min")
+        page.locator("#span").select_option("0")
+        made.fill_history()
+        page.reload()
+        expect(page.locator("#history")).to_contain_text("\N{MINUS SIGN}10 min")
+        page.context.close()
 
 
 def test_what_the_control_plane_refuses_is_said(pair: Place, opened: Any) -> None:
@@ -450,6 +517,20 @@ def test_a_fault_by_button_on_a_real_mesh(opened: Any, tmp_path_factory: pytest.
         expect(page.locator(".lock.open")).to_have_count(0)
         page.get_by_role("button", name="Inject a fault").click()
         dialog = page.locator("#fault-dialog")
+        expect(dialog.locator("[data-command]")).to_contain_text(
+            "fault --service service-b --lat 200 --err 0.2"
+        )
+        dialog.get_by_role("button", name="Break it").click()  # a bad release, as `meshdemo fault` makes it
+        expect(page.locator("#said")).to_contain_text("✓ Bad release of service-b: in force after")
+        expect(card(page, "service-b")).to_contain_text("⚡ 200 ms, 20 % errors")
+        assert {one["at"] for one in mesh.json("fault", "list")} == {"app"}
+        page.get_by_role("button", name="Clear 1 fault").click()
+        page.locator("#clear-dialog").get_by_role("button", name="Clear").click()
+        expect(page.locator("#said")).to_contain_text("✓ Faults cleared")
+        assert mesh.json("fault", "list") == []
+        expect(page.locator("#summary")).to_contain_text("All services answer well")
+        page.get_by_role("button", name="Inject a fault").click()
+        dialog.get_by_label("What").select_option("mesh")
         dialog.get_by_label("Where").select_option("instance=service-b-v1-1")
         dialog.get_by_label("Share of errors").fill("60")
         dialog.get_by_role("button", name="Break it").click()

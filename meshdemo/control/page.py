@@ -61,6 +61,7 @@ class Broadcast:
         mesh: what the snapshots are of.
         every_s: seconds from one snapshot to the next.
         default_goals: what to judge by while no watch says what it judges by.
+        by_hand: whether the page can break apps and processes, too (see `hand`).
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Broadcast:
         kept_s: float = KEPT_S,
         clock: Callable[[], float] = time.time,
         default_goals: Callable[[App], Goals] = lambda _: {},
+        by_hand: bool = False,
     ) -> None:
         self._mesh = mesh
+        self._by_hand = by_hand
         self._default_goals = default_goals
         self._every_s = every_s
         self._clock = clock
@@ -127,6 +130,7 @@ class Broadcast:
                 mesh, intent, samples, silent=store.silent, now=now, services=services, goals=goals
             )
             made["objectives"] = [row.model_dump(mode="json") for row in standings.now()]
+            made["by_hand"] = self._by_hand
             content = json.dumps(made, separators=(",", ":"))
             with self._condition:
                 self._frame = Frame(self._frame.number + 1, content)

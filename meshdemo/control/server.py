@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 import signal
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from pydantic import ValidationError
 
-from meshdemo.control import load, metrics, objectives, page, telemetry
+from meshdemo.control import hand, load, metrics, objectives, page, telemetry
 from meshdemo.control.api import Control, create_app
 from meshdemo.control.identity import Authenticator
 from meshdemo.control.intent import Intents
@@ -61,6 +62,7 @@ class Place:
     http_host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] = ()
     open_listen: str | None = None  # HOST:PORT for /healthz and /metrics alone
+    hand: tuple[str, ...] = ()  # the command line of `meshdemo` for this mesh; see `hand`
 
     @property
     def control(self) -> Path:
@@ -236,7 +238,9 @@ def _serve_http(place: Place, control: Control) -> None:
         listen.append(place.open_listen)
     token = api_token(place.control / "api-token")
     sessions = Sessions(token, control.mesh.mesh)
-    broadcast, keeper = page.Broadcast(control, default_goals=_default_goals()), load.LoadKeeper(control)
+    ours = hand.Hand(place.hand)
+    broadcast = page.Broadcast(control, default_goals=_default_goals(), by_hand=ours.there)
+    keeper = load.LoadKeeper(control)
     broadcast.start()
     keeper.start()
     app: Flask = create_app(
@@ -245,6 +249,7 @@ def _serve_http(place: Place, control: Control) -> None:
         allowed_hosts=place.allowed_hosts,
         blueprints=[
             page.blueprint(broadcast, sessions),
+            hand.blueprint(ours),
             load.blueprint(keeper),
             objectives.blueprint(control.totals.objectives),
         ],
@@ -280,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--open-listen", metavar="HOST:PORT", help="/healthz and /metrics alone, without token"
     )
+    parser.add_argument(
+        "--hand", metavar="JSON", help="the words of the command that changes what runs (meshdemo --name M)"
+    )
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args(arguments)
     logging.basicConfig(
@@ -295,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         http_host=given.http_host,
         allowed_hosts=tuple(given.allow_host),
         open_listen=given.open_listen,
+        hand=tuple(json.loads(given.hand)) if given.hand else (),
     )
     try:
         asyncio.run(serve(place))

@@ -78,6 +78,7 @@ def snapshot(
             {
                 "name": name,
                 "protocol": service.protocol,
+                **({"lease": intent.leases[name].by} if name in intent.leases else {}),
                 **(_judged(of_service[name], goals) if name in of_service else {}),
                 "versions": _versions(name, service, intent, instances, ready.get(name, {}), outliers),
             }

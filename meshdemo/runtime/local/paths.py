@@ -18,6 +18,7 @@ from meshdemo.errors import BadInput, Failed
 
 _SHORT = Path("/tmp")  # noqa: S108 - the folder made in it is private, and checked to be ours
 LOCK_SUFFIX = ".meshdemo.lock"
+HOME = "MESHDEMO_HOME"  # the environment variable that moves all state
 MARK = ".meshdemo"  # a file in each folder that we made: what carries it is a mesh and may be removed
 
 
@@ -26,7 +27,7 @@ def home() -> Path:
 
     Without symbolic links, since a mesh is known by its path.
     """
-    if chosen := os.environ.get("MESHDEMO_HOME"):
+    if chosen := os.environ.get(HOME):
         return Path(chosen).expanduser().resolve()
     import platformdirs
 

@@ -41,7 +41,7 @@ from meshdemo.runtime.local import spec as specs
 from meshdemo.runtime.local.gateway import Gateway
 from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Reaper
 from meshdemo.runtime.local.leftovers import MARK
-from meshdemo.runtime.local.paths import MeshPaths
+from meshdemo.runtime.local.paths import HOME, MeshPaths
 from meshdemo.runtime.local.ports import LOOPBACK, Port
 from meshdemo.runtime.local.probe import answers
 from meshdemo.runtime.local.sidecar import Sidecar
@@ -346,8 +346,10 @@ class Supervisor:
         command = [
             sys.executable, "-P", "-m", "meshdemo.control.server", "--state", str(self.paths.state),
             "--grpc-port", str(self._grpc.number), "--http-port", str(self._http.number),
+            "--hand", json.dumps([sys.executable, "-P", "-m", "meshdemo", "--name", self.paths.name]),
         ]  # fmt: skip
-        return Plan(command=command, env=self.environ, cwd="/")
+        # That command is to find this mesh, and no other, whatever the environment of `up` was.
+        return Plan(command=command, env={**self.environ, HOME: str(self.paths.state.parent)}, cwd="/")
 
     def _control_changed(self) -> None:
         if self.control.ready:

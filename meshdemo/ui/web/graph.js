@@ -48,11 +48,18 @@ export function layers(names, edges) {
   return out;
 }
 
-// Who calls and is no service of the app: a gateway, or one that proved no identity.
-const UNKNOWN = "(unknown)";
-function withOutsiders(snapshot) {
+// Who calls and is no service of the app: a gateway, or one that proved no identity. Who has just called stays a
+// while, lest the graph is laid out anew with every request of somebody who seldom calls.
+const UNKNOWN = "(unknown)", KEPT_S = 10;
+function withOutsiders(snapshot, seen) {
   const known = new Set(snapshot.services.map((service) => service.name));
   const edges = snapshot.edges.filter((edge) => known.has(edge.service)).map((edge) => (edge.caller ? edge : { ...edge, caller: UNKNOWN }));
+  for (const edge of edges) if (!known.has(edge.caller)) seen.set(`${edge.caller}/${edge.service}`, { at: snapshot.time, edge });
+  const there = new Set(edges.map((edge) => `${edge.caller}/${edge.service}`));
+  for (const [key, { at, edge }] of seen) {
+    if (snapshot.time - at > KEPT_S || !known.has(edge.service)) seen.delete(key);
+    else if (!there.has(key)) edges.push({ caller: edge.caller, service: edge.service, secured: edge.secured, requests: 0, rps: 0 });
+  }
   const outsiders = [...new Set(edges.map((edge) => edge.caller))].filter((name) => !known.has(name));
   if (!outsiders.length) return snapshot;
   return { ...snapshot, edges, services: [...outsiders.map((name) => ({ name, outside: true, versions: [] })), ...snapshot.services] };
@@ -72,8 +79,19 @@ function notes(service, faults) {
   if (service.refused) out.push(`⊘ ${rate(service.refused)}/s refused by a breaker`);
   if (service.denied) out.push(`⊘ ${rate(service.denied)}/s denied by access rules`);
   if (service.overdue) out.push(`⧗ ${plural(service.overdue, "request")} waiting for an answer`);
+  if (service.lease) out.push(`⇄ ${service.lease} has the split`);
   if (service.effective_success_rate > service.success_rate + 0.01) out.push(`↻ ${percent(service.effective_success_rate)} after retries`);
   return out;
+}
+
+// What becomes of a caller's requests, over all that it calls: the slowest says the p99.
+function outcome(edges) {
+  const used = edges.filter((edge) => edge.requests > 0), requests = used.reduce((sum, edge) => sum + edge.requests, 0);
+  return {
+    rps: used.reduce((sum, edge) => sum + edge.rps, 0),
+    success_rate: requests ? used.reduce((sum, edge) => sum + (edge.success_rate ?? 1) * edge.requests, 0) / requests : null,
+    p99_ms: requests ? Math.max(...used.map((edge) => edge.p99_ms ?? 0)) : null,
+  };
 }
 
 function says(row) {
@@ -100,6 +118,8 @@ export class Graph {
     this.parts = new Map();
     this.shape = "";
     this.fit = false;
+    this.outsiders = new Map();
+    this.room = new Map(); // lines for the notes of a service
     this.root.addEventListener("keydown", (event) => this.move(event));
     this.root.addEventListener("pointerover", (event) => this.explain(event));
     // The width comes from the observer: asking for it in an update would make the browser lay out the page then.
@@ -113,14 +133,14 @@ export class Graph {
 
   update(given, chosen) {
     this.last = [given, chosen];
-    const snapshot = withOutsiders(given);
+    const snapshot = withOutsiders(given, this.outsiders);
     const faults = new Map();
     for (const fault of snapshot.faults) faults.set(fault.service, [...(faults.get(fault.service) ?? []), fault]);
     const noted = new Map(snapshot.services.map((service) => [service.name, notes(service, faults.get(service.name) ?? [])]));
     const narrow = this.width < NARROW;
     const shape = [narrow ? this.width : "wide"];
     for (const service of snapshot.services) {
-      shape.push(service.name, Math.max(1, noted.get(service.name).length));
+      shape.push(service.name, this.linesFor(service.name, noted.get(service.name).length, snapshot.time));
       for (const version of service.versions) { shape.push(version.version); for (const instance of version.instances) shape.push(instance.id); }
     }
     for (const edge of snapshot.edges) shape.push(edge.caller, edge.service);
@@ -131,10 +151,16 @@ export class Graph {
     }
     this.scale();
     const outside = snapshot.services.filter((service) => service.outside).map((service) => service.name);
-    const made = new Map([...snapshot.load, ...outside].map((name) => [name, 0]));
-    for (const edge of snapshot.edges) if (made.has(edge.caller)) made.set(edge.caller, made.get(edge.caller) + edge.rps);
+    const made = new Map([...snapshot.load, ...outside].map((name) => [name, outcome(snapshot.edges.filter((edge) => edge.caller === name))]));
     for (const service of snapshot.services) this.fill(service, service.name === chosen, noted.get(service.name), made.get(service.name));
     for (const edge of snapshot.edges) this.fillEdge(edge, narrow);
+  }
+
+  // As many as there were lately: a note that comes and goes is not to move everything around it.
+  linesFor(name, count, now) {
+    const had = this.room.get(name);
+    if (!had || count >= had.lines || now - had.at > KEPT_S) this.room.set(name, { lines: Math.max(1, count), at: now });
+    return this.room.get(name).lines;
   }
 
   // Bring a service's card into view, where the graph is too large for its place.
@@ -147,7 +173,7 @@ export class Graph {
   scale() {
     const narrow = this.width < NARROW, room = this.width;
     const least = this.fit ? 0.05 : 0.85;
-    const scale = narrow ? 1 : Math.max(least, Math.min(1.3, room / this.natural.width));
+    const scale = narrow ? 1 : Math.max(least, Math.min(1.5, room / this.natural.width));
     setAttribute(this.root, "width", Math.floor(this.natural.width * scale));
     setAttribute(this.root, "height", Math.ceil(this.natural.height * scale));
     this.overflows = !narrow && this.natural.width * 0.85 > room;
@@ -165,14 +191,14 @@ export class Graph {
     const callers = new Map([...services.keys()].map((name) => [name, edges.filter((edge) => edge.service === name)]));
     const width = narrow ? Math.max(220, this.width - MARGIN - GUTTER) : CARD;
     const heightOf = (service) => {
-      const content = HEAD + Math.max(1, noted.get(service.name).length) * NOTE + service.versions.reduce((sum, version) => sum + heightOfVersion(version, width), 0) + FOOT;
+      const content = HEAD + this.room.get(service.name).lines * NOTE + service.versions.reduce((sum, version) => sum + heightOfVersion(version, width), 0) + FOOT;
       return narrow ? content : Math.max(content, PORT * (callers.get(service.name).length + 1));
     };
     const places = new Map();
     this.natural = (narrow ? this.placeNarrow : this.placeWide).call(this, services, callers, heightOf, places);
     this.root.setAttribute("viewBox", `0 0 ${this.natural.width} ${this.natural.height}`);
     const cards = document.createDocumentFragment();
-    for (const layer of this.layers) for (const name of layer) cards.append(this.makeCard(services.get(name), places.get(name), width, Math.max(1, noted.get(name).length)));
+    for (const layer of this.layers) for (const name of layer) cards.append(this.makeCard(services.get(name), places.get(name), width, this.room.get(name).lines));
     this.cards.append(cards);
     const lines = document.createDocumentFragment();
     for (const [name, group] of callers) group.forEach((edge, index) => lines.append(narrow ? this.makeCall(edge, places, index, group.length) : this.makeEdge(edge, places, index)));
@@ -274,17 +300,18 @@ export class Graph {
     return group;
   }
 
-  // `made`: requests/s that the service makes itself, where it is one that makes load.
+  // `made`: what becomes of the requests that the service makes itself, where it is one that makes load.
   fill(service, chosen, noted, made) {
     const { card, name, word, values, unit, lines, width } = this.parts.get(`card/${service.name}`);
     const now = state(service);
     setText(name, clip(`${now.symbol} ${service.name}`, width - 90, 15));
     const maker = made !== undefined && !service.requests;
     setText(word, maker && !service.outside ? "makes load" : now.word);
-    setText(values[0], rate(maker ? made : service.rps));
+    const shown = maker ? made : service;
+    setText(values[0], rate(shown.rps));
     setText(unit, maker ? "calls/s" : "requests/s");
-    setText(values[1], percent(service.success_rate));
-    setText(values[2], ms(service.p99_ms));
+    setText(values[1], percent(shown.success_rate));
+    setText(values[2], ms(shown.p99_ms));
     lines.forEach((line, index) => setText(line, clip(noted[index] ?? "", width - 2 * PADDING, 12)));
     setAttribute(card, "class", `card ${now.class}${chosen ? " chosen" : ""}${service.outside ? " outside" : ""}`);
     setAttribute(card, "aria-pressed", String(chosen));
@@ -296,7 +323,7 @@ export class Graph {
         const { cell, symbol, figures } = this.parts.get(`instance/${service.name}/${instance.id}`), is = state(instance);
         setAttribute(cell, "class", `cell ${is.class}`);
         setText(symbol, is.symbol);
-        if (figures) setText(figures, is.class === "off" ? is.word : `${rate(instance.rps)}/s  ${percent(instance.success_rate)}  ${withMs(instance.p99_ms)}`);
+        if (figures) setText(figures, maker && is.word === "idle" ? "" : is.class === "off" ? is.word : `${rate(instance.rps)}/s  ${percent(instance.success_rate)}  ${withMs(instance.p99_ms)}`);
         cell.instance = instance;
       }
     }

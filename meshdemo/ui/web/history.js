@@ -1,9 +1,9 @@
 // The golden signals of one service over the last minutes, above them on the same time line what happened:
 // changes of traffic and access, faults, violated objectives, remedies; so that cause and effect are seen together.
 
-import { clock, html, ms, percent, rate, setAttribute, setText, svg, withMs } from "./words.js";
+import { clock, html, ms, percent, plural, rate, setAttribute, setText, svg, withMs } from "./words.js";
 
-const LEFT = 66, RIGHT = 10, LANE = 20, LANE_GAP = 3, TITLE = 22, GAP = 12, AXIS = 20;
+const LEFT = 66, RIGHT = 10, LANE = 20, LANE_GAP = 3, LARGE = 1760, TITLE = 22, GAP = 12, AXIS = 20;
 const LANES = [["change", "change"], ["fault", "fault"], ["violated", "violated"], ["remedy", "remedy"]];
 const PANELS = [
   { title: "Requests/s", lines: [["rps", "rps", "answered"], ["refused", "refused", "refused"]], format: (value) => String(value) },
@@ -23,18 +23,22 @@ export class History {
     this.marks = [];
     this.span = 600;
     this.at = null;
-    this.width = 600;
+    Object.assign(this, { given: 600, width: 600, plot: 92, zoom: 1 });
     this.build();
-    new ResizeObserver(([entry]) => {
-      const width = Math.max(280, Math.floor(entry.contentRect.width));
-      if (width === this.width) return;
-      this.width = width;
+    const fit = () => {
+      const zoom = innerWidth >= LARGE ? 1.25 : 1, width = Math.max(280, Math.floor(this.given / zoom));
+      // What stands above and below takes about 620 pixels.
+      const plot = width < 500 ? 70 : Math.round(Math.max(92, Math.min(200, ((innerHeight - 620) / zoom) / PANELS.length)));
+      if (width === this.width && plot === this.plot && zoom === this.zoom) return;
+      Object.assign(this, { width, plot, zoom });
       this.build();
       this.draw();
-    }).observe(host);
+    };
+    new ResizeObserver(([entry]) => { this.given = entry.contentRect.width; fit(); }).observe(host);
+    addEventListener("resize", fit);
     this.root.addEventListener("pointermove", (event) => {
       const box = this.root.getBoundingClientRect();
-      this.point(this.from + ((event.clientX - box.left - LEFT) / (this.width - LEFT - RIGHT)) * this.span);
+      this.point(this.from + (((event.clientX - box.left) / this.zoom - LEFT) / (this.width - LEFT - RIGHT)) * this.span);
     });
     this.root.addEventListener("pointerleave", () => this.point(null));
     this.root.addEventListener("blur", () => this.point(null));
@@ -46,9 +50,9 @@ export class History {
     });
   }
 
-  // One unit is one pixel, so that the writing has its size on a phone too.
+  // One unit is one pixel, so that the writing has its size on a phone too; on a projector it is a little more.
   build() {
-    const plot = this.width < 500 ? 70 : 92;
+    const plot = this.plot;
     this.root.replaceChildren();
     this.bands = this.root.appendChild(svg("g"));
     this.lanesTop = 2;
@@ -68,7 +72,7 @@ export class History {
     this.ticksOf = 0;
     this.cursor = this.root.appendChild(svg("path", { class: "cursor", visibility: "hidden" }));
     this.height = this.bottom + AXIS;
-    for (const [name, value] of [["viewBox", `0 0 ${this.width} ${this.height}`], ["width", this.width], ["height", this.height]]) this.root.setAttribute(name, value);
+    for (const [name, value] of [["viewBox", `0 0 ${this.width} ${this.height}`], ["width", this.width * this.zoom], ["height", this.height * this.zoom]]) this.root.setAttribute(name, value);
     this.drawn = "";
   }
 
@@ -104,14 +108,14 @@ export class History {
     this.drawTicks();
     this.drawMarks();
     const last = this.points.at(-1);
-    setAttribute(this.root, "aria-label", `Golden signals of ${this.name}, last ${this.span / 60} minutes. Now ${rate(last?.rps)} requests per second, ${percent(last?.success_rate)} success, p99 ${withMs(last?.p99_ms)}. Left and right arrow keys read single points.`);
+    setAttribute(this.root, "aria-label", `Golden signals of ${this.name}, last ${plural(this.span / 60, "minute")}. Now ${rate(last?.rps)} requests per second, ${percent(last?.success_rate)} success, p99 ${withMs(last?.p99_ms)}. Left and right arrow keys read single points.`);
     this.point(this.at);
   }
 
   drawTicks() {
     if (this.ticksOf === this.span) return;
     this.ticksOf = this.span;
-    const steps = this.span % 300 ? 4 : 5, ticks = [];
+    const steps = this.span % 300 ? 4 : this.width < 500 ? 2 : 5, ticks = [];
     for (let step = 0; step <= steps; step += 1) {
       const ago = Math.round(this.span * (1 - step / steps)), x = LEFT + (step / steps) * (this.width - LEFT - RIGHT), last = step === steps;
       const text = last ? "now" : ago % 60 ? `−${ago} s` : `−${ago / 60} min`;

@@ -9,6 +9,8 @@ import { Tap } from "./tap.js";
 import { clock, eventName, eventText, faultEffect, faultPlace, isSlow, isUnwell, ms, percent, plural, rate, setAttribute, setText, state, withMs } from "./words.js";
 
 const KEEP_S = 600, EVENTS = 1000, ROWS = 200;
+const DEFAULT_NAME = "mesh-demo"; // of a mesh; as in meshdemo/cli
+const SPANS = [60, 120, 300, KEEP_S];
 const by = (id) => document.getElementById(id);
 const number = (text) => ({ text, class: "n" });
 // A row that is slow is marked at its latency, not at its success.
@@ -19,7 +21,7 @@ let snapshot = null, chosen = null, journal = [], historyOf = null, points = [];
 
 const graph = new Graph(by("graph"), choose);
 const chart = new History(by("history"));
-const tap = new Tap(say);
+const tap = new Tap(say, (words) => command(words));
 const routes = new Table(by("routes"), (r) => r.route, [
   (r) => r.route || "(no route fits)", (r) => number(rate(r.rps)), success, (r) => number(percent(r.effective_success_rate)),
   (r) => number(ms(r.p50_ms)), slowest, (r) => number(ms(r.p99_ms)),
@@ -27,7 +29,7 @@ const routes = new Table(by("routes"), (r) => r.route, [
 const edges = new Table(by("edges"), (e) => `${e.caller}>${e.service}`, [
   (e) => e.caller || "(unknown)", (e) => e.service,
   (e) => !(e.requests || e.denied) ? "–" : e.secured ? { text: "✓ mutual TLS", class: "ok" } : { text: "✗ plain text", class: "bad" },
-  (e) => `${e.identity || "–"} → ${e.service_identity || "–"}`, (e) => number(rate(e.rps)), success, (e) => number(e.denied ? String(e.denied) : "–"),
+  (e) => number(rate(e.rps)), success, (e) => number(e.denied ? String(e.denied) : "–"), (e) => `${e.identity || "–"} → ${e.service_identity || "–"}`,
 ], "Nobody calls anybody.");
 const incidents = new Table(by("incidents"), (e) => String(e.seq), [
   (e) => clock(e.time), eventName, (e) => e.target || e.instance || e.service || "", (e) => ({ text: eventText(e), class: "wide" }),
@@ -105,6 +107,9 @@ function lastIncident(name) {
 
 // --- drawing --------------------------------------------------------------------------------------------
 
+// The command that gives the same, for this mesh.
+const command = (words) => `meshdemo ${snapshot.mesh === DEFAULT_NAME ? "" : `--name ${snapshot.mesh} `}${words}`;
+
 function summary() {
   const unwell = snapshot.services.filter(isUnwell), silent = snapshot.services.filter((service) => state(service).word === "silent");
   const parts = [];
@@ -113,6 +118,7 @@ function summary() {
   if (!parts.length) parts.push("✓ All services answer well");
   if (snapshot.faults.length) parts.push(`⚡ ${plural(snapshot.faults.length, "fault")} in force`);
   setText(by("summary"), parts.join("  ·  "));
+  setAttribute(by("summary"), "title", parts.join("\n"));
   setAttribute(by("summary"), "class", unwell.some((service) => state(service).class === "bad") ? "bad" : unwell.length || silent.length ? "warn" : "ok");
 }
 
@@ -122,6 +128,7 @@ function figures() {
     rps: [rate(service.rps), ""], success: [percent(service.success_rate), isSlow(service) ? "ok" : now.class],
     effective: [percent(service.effective_success_rate), ""], p50: [withMs(service.p50_ms), ""],
     p95: [withMs(service.p95_ms), isSlow(service) ? now.class : ""], p99: [withMs(service.p99_ms), ""],
+    ejected: ejected(service),
     refused: [service.refused || service.denied ? `${rate((service.refused ?? 0) + (service.denied ?? 0))}/s` : "none", service.refused || service.denied ? "warn" : ""],
   };
   setText(by("now-state"), `${now.symbol} ${now.word}${service.why ? `: ${service.why}` : ""}`);
@@ -132,10 +139,19 @@ function figures() {
   }
 }
 
-// As watch judges them; nothing while no watch runs.
+// Instances that get no requests: those that Envoy keeps out, and those that watch or a person took out.
+function ejected(service) {
+  const instances = service.versions.flatMap((version) => version.instances);
+  const out = service.versions.reduce((sum, version) => sum + Math.max(version.outliers ?? 0, version.instances.filter((instance) => instance.ejected).length), 0);
+  return out ? [`${out} of ${instances.length}`, "warn"] : ["none", ""];
+}
+
+// As watch judges them, while one runs.
 const HEALTH = { ok: ["✓", "holds", "ok"], unknown: ["?", "unknown", "off"], violated: ["✗", "violated", "bad"], healing: ["↻", "healing", "warn"] };
 function objectives() {
   const rows = snapshot.objectives.filter((row) => row.service === chosen), list = by("objectives");
+  by("unwatched").hidden = snapshot.objectives.length > 0;
+  setText(by("watch-command"), command("watch"));
   while (list.children.length > rows.length) list.lastChild.remove();
   rows.forEach((row, index) => {
     const [symbol, word, kind] = HEALTH[row.health] ?? HEALTH.unknown;
@@ -161,7 +177,7 @@ function render() {
   graph.update(snapshot, chosen);
   by("fit").hidden = !graph.overflows && !graph.fit;
   setAttribute(by("main"), "class", graph.large ? "large" : "");
-  chart.update(chosen, points, snapshot.time, marks(chosen), Number(by("span").value));
+  chart.update(chosen, points, snapshot.time, marks(chosen), span());
   setText(by("last-incident"), lastIncident(chosen));
   if (!by("panel-routes").hidden) routes.update(snapshot.routes.filter((row) => row.service === chosen));
   if (!by("panel-edges").hidden) edges.update(snapshot.edges);
@@ -170,11 +186,18 @@ function render() {
   clear.disabled = !snapshot.faults.length;
   setText(clear, snapshot.faults.length ? `Clear ${plural(snapshot.faults.length, "fault")} …` : "No fault to clear");
   const seconds = `--window ${snapshot.window_s}s`;
-  setText(by("graph-command"), `meshdemo stat --by instance ${seconds}; meshdemo edges ${seconds}`);
-  setText(by("history-command"), `meshdemo stat ${chosen} ${seconds}`);
-  setText(by("routes-command"), `meshdemo stat ${chosen} --by route ${seconds}`);
-  setText(by("edges-command"), `meshdemo edges ${seconds}`);
+  setText(by("graph-command"), `${command(`stat --by instance ${seconds}`)}; ${command(`edges ${seconds}`)}`);
+  setText(by("history-command"), command(`stat ${chosen} ${seconds}`));
+  setText(by("routes-command"), command(`stat ${chosen} --by route ${seconds}`));
+  setText(by("edges-command"), command(`edges ${seconds}`));
+  setText(by("incidents-command"), command("report"));
   tap.show(chosen, snapshot);
+}
+
+// What is asked for; else what there is to show, so that the first minute of a mesh is not a sliver.
+function span() {
+  const known = points.length ? snapshot.time - points[0].time : 0;
+  return Number(by("span").value) || SPANS.find((one) => known < one) || KEEP_S;
 }
 
 function take(data) {
@@ -218,11 +241,29 @@ function connect() {
   });
 }
 
+// `on`: until something else is said.
 let hush = 0;
-function say(text) {
+function say(text, on = false) {
   by("said").textContent = text;
   clearTimeout(hush);
-  hush = setTimeout(() => { by("said").textContent = ""; }, 8000);
+  if (!on) hush = setTimeout(() => { by("said").textContent = ""; }, 8000);
+}
+
+// Each command can be taken along.
+function copying(line) {
+  const code = line.querySelector("code"), button = Object.assign(document.createElement("button"), { type: "button", className: "copy", textContent: "Copy" });
+  button.setAttribute("aria-label", "Copy this command");
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      setText(button, "✓ Copied");
+    } catch {
+      getSelection().selectAllChildren(code);
+      setText(button, "Selected");
+    }
+    setTimeout(() => setText(button, "Copy"), 2000);
+  });
+  line.append(button);
 }
 
 // --- start ---------------------------------------------------------------------------------------------
@@ -235,7 +276,8 @@ by("fit").addEventListener("click", () => {
   render();
 });
 tabs(by("tabs"), (id) => { if (id !== "tab-tap") tap.stop(); render(); });
-dialogs({ snapshot: () => snapshot, chosen: () => chosen, call, say, faultText });
+dialogs({ snapshot: () => snapshot, chosen: () => chosen, call, say, command, faultText });
+document.querySelectorAll("p.command").forEach(copying);
 
 if (await signIn()) connect();
 else {

@@ -9,8 +9,9 @@ const FILTERS = ["caller", "route", "instance"];
 const by = (id) => document.getElementById(id);
 
 export class Tap {
-  constructor(say) {
+  constructor(say, commandOf) {
     this.say = say;
+    this.commandOf = commandOf;
     this.rows = [];
     this.running = null;
     this.count = 0;
@@ -57,7 +58,7 @@ export class Tap {
   }
 
   command() {
-    setText(by("tap-command"), ["meshdemo tap", this.service, ...Object.entries(this.filters()).map(([name, value]) => (name === "failed" ? "--failed" : `--${name} ${value}`))].join(" "));
+    setText(by("tap-command"), this.commandOf(["tap", this.service, ...Object.entries(this.filters()).map(([name, value]) => (name === "failed" ? "--failed" : `--${name} ${value}`))].join(" ")));
   }
 
   async start() {

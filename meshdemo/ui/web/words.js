@@ -65,9 +65,12 @@ export function plural(count, word) {
   return `${count} ${word}${count === 1 ? "" : "s"}`;
 }
 
+// What was asked for, not measured: no more digits than were given.
+export const given = (share) => `${Number((share * 100).toFixed(4))} %`;
+
 export function faultEffect(fault) {
   if (fault.kind === "crash" || fault.kind === "hang") return fault.kind;
-  const parts = [fault.lat_ms && `${ms(fault.lat_ms)} ms${fault.share !== undefined && fault.share < 1 ? ` for ${percent(fault.share)}` : ""}`, fault.err_rate && `${percent(fault.err_rate)} errors`];
+  const parts = [fault.lat_ms && `${Number(fault.lat_ms.toFixed(1))} ms${fault.share !== undefined && fault.share < 1 ? ` for ${given(fault.share)}` : ""}`, fault.err_rate && `${given(fault.err_rate)} errors`];
   return parts.filter(Boolean).join(", ");
 }
 
