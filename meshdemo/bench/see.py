@@ -218,7 +218,7 @@ def _lateness(page: _Page, port: int) -> float:
     asked: list[float] = []
 
     def ask() -> None:
-        pause.wait(random.random())  # noqa: S311 (reports come once a second: at any moment in it)
+        pause.wait(random.random())  # noqa: S311 (at any moment between two reports)
         connection = HTTPConnection("127.0.0.1", port, timeout=_MOST_S)
         began = time.monotonic()
         connection.request("GET", "/work", headers={"Host": HOST})
