@@ -19,12 +19,14 @@ import pytest
 from kube_mock import FOREVER, ApiServer, Refusal, Stored
 
 from meshdemo.apps import loader
+from meshdemo.apps.model import Found
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
 from meshdemo.control.identity import service_of, spiffe_id
 from meshdemo.control.intent import Overtaken, eject, set_access
 from meshdemo.control.model import Intent, MeshState
 from meshdemo.control.plane import ControlPlane
+from meshdemo.control.render import open_paths
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.kube import ApiError, Cluster
 from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION
@@ -520,9 +522,11 @@ def test_names_that_are_taken_or_none_are_no_callers() -> None:
         ({}, {"name": "x", "appProtocol": "redis"}, {"readinessProbe": {"httpGet": {"port": 8080}}}, "tcp"),
         ({}, {}, {"readinessProbe": {"httpGet": {"port": 8080}}}, "http"),
         ({}, {}, {"livenessProbe": {"httpGet": {"port": "w"}}, "ports": [{"name": "w", "containerPort": 8080}]}, "http"),
-        ({}, {}, {"readinessProbe": {"httpGet": {"port": 9090}}}, "tcp"),
-        ({}, {}, {"readinessProbe": {"httpGet": {"port": 8080, "scheme": "HTTPS"}}}, "tcp"),
-        ({}, {}, {"readinessProbe": {"tcpSocket": {"port": 8080}}}, "tcp"),
+        ({}, {}, {"readinessProbe": {"httpGet": {"port": 9090}}}, "any"),
+        ({}, {}, {"readinessProbe": {"httpGet": {"port": 8080, "scheme": "HTTPS"}}}, "any"),
+        ({}, {}, {"readinessProbe": {"tcpSocket": {"port": 8080}}}, "any"),
+        ({}, {}, {"readinessProbe": {"grpc": {"port": 8080}}}, "grpc"),
+        ({}, {"port": 3306}, {}, "tcp"),
         ({"meshdemo.dev/protocol": "grpc"}, {"name": "http"}, {}, "grpc"),
         ({"meshdemo.dev/told-protocol": "tcp"}, {"name": "http"}, {}, "tcp"),
     ],
@@ -534,9 +538,32 @@ def test_how_a_protocol_is_told(
     one["metadata"]["annotations"] = annotations
     found = k8s.mesh_state(
         "m", "n", PAIR, [one], [slice_of("x", 8080, "x-1", port_name=port.get("name", ""))],
-        [k8s_service("x", "10.96.1.1", 80, **port)],
+        [k8s_service("x", "10.96.1.1", **{"port": 80, **port})],
     )  # fmt: skip
-    assert found.app.services["x"].protocol == protocol
+    assert found.app.services["x"].spoken == protocol
+
+
+def test_probes_and_other_ports_of_a_pod_go_on_as_they_were() -> None:
+    pod = injected(
+        "x-1", "x", ports=[{"name": "w", "containerPort": 8080}, {"containerPort": 53, "protocol": "UDP"}],
+        readinessProbe={"httpGet": {"path": "/r", "port": 9000}}, livenessProbe={"grpc": {"port": 8080}},
+    )  # fmt: skip
+    pod["spec"]["initContainers"] = [
+        {"name": "meshdemo-sidecar", "restartPolicy": "Always", "ports": [{"containerPort": 15020}]},
+        {"name": "logger", "restartPolicy": "Always", "ports": [{"containerPort": 24224}]},
+        {"name": "once", "ports": [{"containerPort": 1234}]},
+    ]
+    metrics = k8s_service("metrics", "10.96.1.2", 9464, selector={"never": "mind"})
+    slices = [slice_of("x", 8080, "x-1"), slice_of("metrics", 9464, "x-1")]
+    found = k8s.mesh_state("m", "n", PAIR, [pod], slices, [k8s_service("x", "10.96.1.1", 80), metrics])
+    service = found.app.services["x"]
+    assert service.found == Found(grpc_probe=True, aside=(9000, 9464, 24224))
+    assert open_paths(service) == {"/grpc.health.v1.Health/Check": ["POST"]}  # the other probe goes elsewhere
+    # A pod that nobody calls may be probed as well.
+    alone = k8s.mesh_state(
+        "m", "n", PAIR, [injected("y-1", "y", livenessProbe={"tcpSocket": {"port": 7}})], [], []
+    )
+    assert alone.app.services["account-default"].found == Found(aside=(7,))
 
 
 def test_a_gateway_is_told_by_its_labels_and_its_account() -> None:

@@ -164,6 +164,7 @@ class ControlThread:
         settings: Settings,
         extra: tuple[Any, ...] = (),
         keep_authority: Callable[[], object] | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         self.events: list[dict[str, Any]] = []
         self.port = port
@@ -181,7 +182,7 @@ class ControlThread:
             )
             server = grpc.aio.server(options=SERVER_OPTIONS)
             server.add_generic_rpc_handlers((*plane.handlers(), *extra))
-            bound = server.add_secure_port(f"127.0.0.1:{port}", plane.server_credentials())
+            bound = server.add_secure_port(f"{host}:{port}", plane.server_credentials())
             self.port = bound
             await server.start()
             await plane.start()
@@ -245,6 +246,7 @@ class Mesh:
         self.members: dict[str, Member] = {}
         self.control: ControlThread | None = None
         self.control_port = 0
+        self.host = "127.0.0.1"  # where the control plane listens
         self.extra: tuple[Any, ...] = ()
         self.keep_authority: Callable[[], object] | None = None
 
@@ -295,8 +297,9 @@ class Mesh:
 
     def start_control(self) -> None:
         self.control = ControlThread(
-            self.state, self.mesh_state(), self.control_port, self.settings, self.extra, self.keep_authority
-        )
+            self.state, self.mesh_state(), self.control_port, self.settings, self.extra, self.keep_authority,
+            self.host,
+        )  # fmt: skip
         self.control_port = self.control.port
 
     def stop_control(self, *, abruptly: bool = False) -> None:

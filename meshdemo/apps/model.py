@@ -78,6 +78,18 @@ class Workload(_Strict):
         return self
 
 
+class Found(_Strict):
+    """What the cluster shows of a service that no app file declares."""
+
+    detect: bool = Field(
+        default=False,
+        description="nothing says what its port speaks: each connection is looked at, and passes as HTTP "
+        "(or gRPC) if it is that, else as bytes",
+    )
+    grpc_probe: bool = Field(default=False, description="the kubelet asks by gRPC's health protocol")
+    aside: tuple[int, ...] = Field(default=(), description="its pods' other ports, which are not in the mesh")
+
+
 class Service(_Strict):
     """The name others call; its workloads are its versions."""
 
@@ -94,6 +106,12 @@ class Service(_Strict):
     )
     load: bool = Field(default=False, description="its instances make load and answer GET/PUT /load")
     versions: dict[Name, Workload] = Field(min_length=1)
+    found: Found | None = Field(default=None, description="of a service that is not declared")
+
+    @property
+    def spoken(self) -> Literal["http", "grpc", "tcp", "any"]:
+        """What its port speaks; `any` where that is found out by looking at each connection."""
+        return "any" if self.found is not None and self.found.detect else self.protocol
 
 
 class App(_Strict):

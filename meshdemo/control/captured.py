@@ -8,12 +8,13 @@ themselves are those of the ordinary listeners. Pure: messages in, messages out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from envoy.config.listener.v3.listener_components_pb2 import FilterChain
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.config.route.v3.route_components_pb2 import VirtualHost
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
+from envoy.extensions.filters.listener.http_inspector.v3 import http_inspector_pb2 as _http_inspector
 from envoy.extensions.filters.listener.original_dst.v3 import original_dst_pb2 as _original_dst
 from envoy.extensions.filters.listener.tls_inspector.v3 import tls_inspector_pb2 as _tls_inspector
 from envoy.extensions.filters.network.direct_response.v3 import config_pb2 as _direct_response
@@ -21,18 +22,52 @@ from envoy.extensions.filters.network.direct_response.v3 import config_pb2 as _d
 from meshdemo.names import PROXY_PORT
 
 # What the templates name in a `typed_config`; importing it makes it known to protobuf.
-_KNOWN = (_original_dst, _tls_inspector, _direct_response)
+_KNOWN = (_original_dst, _tls_inspector, _http_inspector, _direct_response)
 
 
-def inbound(frame: Listener, *, mutual_tls: Listener, plain: Listener | None, port: int) -> Listener:
-    """All that comes into a pod whose app serves `port`: mutual TLS, or in plain text the open paths."""
+def inbound(
+    frame: Listener,
+    *,
+    mutual_tls: Listener,
+    other: Listener | None,
+    plain: Listener | None,
+    port: int,
+    aside: Mapping[int, Listener],
+) -> Listener:
+    """All that comes into a pod whose app serves `port`.
+
+    Args:
+        mutual_tls: what the mesh sends; if there is an `other`, that which says by ALPN that it is HTTP.
+        plain: the open paths in plain text.
+        aside: ports that are not in the mesh, and what carries their bytes.
+    """
     listener = _copy(frame)
-    for source, transport in ((mutual_tls, "tls"), (plain, "raw_buffer")):
+    for source, transport, kind in (
+        (mutual_tls, "tls", "http" if other is not None else ""),
+        (other, "tls", ""),
+        (plain, "raw_buffer", ""),
+    ):
         if source is not None:
             chain = _add(listener, source)
-            chain.name = f"{port}/{transport}"
+            chain.name = f"{port}/{transport}/{kind}".rstrip("/")
             chain.filter_chain_match.destination_port.value = port
             chain.filter_chain_match.transport_protocol = transport
+            if kind:
+                chain.filter_chain_match.application_protocols.extend(("h2", "http/1.1"))
+    for number, source in aside.items():
+        chain = _add(listener, source)
+        chain.name = f"{number}/aside"
+        chain.filter_chain_match.destination_port.value = number
+    return listener
+
+
+def detecting(frame: Listener, *, http: Listener, tcp: Listener) -> Listener:
+    """What is sent to a service that may speak anything: as HTTP if it is that, else as bytes."""
+    listener = _copy(frame)
+    chain = _add(listener, http)
+    chain.name = "http"
+    chain.filter_chain_match.application_protocols.extend(("http/1.0", "http/1.1", "h2c"))
+    _add(listener, tcp).name = "tcp"
     return listener
 
 

@@ -12,26 +12,32 @@ is in the mesh as a caller, under the name of its service account, which is what
 pods of one account are one caller.
 
 The protocol is what the pods' annotation says, else the port's `appProtocol`, else the first word of its
-name. A port that nothing is said of speaks HTTP if the kubelet probes it by HTTP; looking into connections
-instead would have protocols wait whose server speaks first.
+name, else HTTP or gRPC if the kubelet probes it so, else what is usual on that port. Where nothing says it,
+each connection is looked at, for which a protocol whose server speaks first has to wait: the last resort.
+
+Of a Service the first port is in the mesh. The pods' other ports are reached as they were before.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from meshdemo.apps.model import GATEWAY, App, Protocol, Service, Workload
+from meshdemo.apps.model import GATEWAY, App, Found, Protocol, Service, Workload
 from meshdemo.kube import Manifest
 from meshdemo.names import PROTOCOL, PROTOCOLS, SERVICE, TOLD_PROTOCOL, VERSION, qualified
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _NOBODYS_PORT = 1  # of a pod that nobody calls
+_OURS = "meshdemo-"  # what the names of the containers begin with that `inject` adds
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 INJECTED = "injected"  # stands for the image of a workload that is not ours to start
 _NOT_HTTP = frozenset(("tcp", "https", "tls"))
+# What is no HTTP, where nobody says otherwise, so that nobody waits: SMTP, MySQL, Galera, PostgreSQL, Redis,
+# Elasticsearch's transport, memcached; as Linkerd has them (https://linkerd.io/2/features/protocol-detection/).
+_NOT_LOOKED_INTO = frozenset((25, 587, 3306, 4444, 5432, 6379, 9300, 11211))
 _BY_PROTOCOL: Mapping[str, Protocol] = {
     "http": "http", "kubernetes.io/ws": "http", "ws": "http",
     "grpc": "grpc", "http2": "grpc", "h2c": "grpc", "kubernetes.io/h2c": "grpc",
@@ -159,7 +165,10 @@ class _Place:
                 continue
             service_of.update(dict.fromkeys(members, name))
             behind = [self.pods[pod] for pod in members]
-            self._add(name, _service(target, _protocol(wanted, target, behind), behind), wanted["port"])
+            protocol = _protocol(wanted, target, behind)
+            besides = {port for other in self.services for port in _targets(other, self.slices)}
+            found = _service(target, protocol or "http", behind, detect=protocol is None, besides=besides)
+            self._add(name, found, wanted["port"])
         taken = taken | {str(one["metadata"]["name"]) for one in self.services}
         callers: dict[str, list[Manifest]] = {}
         for pod_name, pod in self.pods.items():
@@ -207,7 +216,20 @@ def _behind(name: str, wanted: Mapping[str, Any], slices: Sequence[Manifest]) ->
     return members, target
 
 
-def _protocol(port: Mapping[str, Any], target: int, pods: Sequence[Manifest]) -> Protocol:
+def _targets(service: Manifest, slices: Sequence[Manifest]) -> set[int]:
+    """The pods' ports that a Service leads to."""
+    name = service["metadata"]["name"]
+    return {
+        int(port["port"])
+        for one in slices
+        if one["metadata"].get("labels", {}).get("kubernetes.io/service-name") == name
+        for port in one.get("ports") or ()
+        if port.get("port") and port.get("protocol", "TCP") == "TCP"
+    }
+
+
+def _protocol(port: Mapping[str, Any], target: int, pods: Sequence[Manifest]) -> Protocol | None:
+    """What a port speaks; None if nothing says it."""
     for pod in pods:
         annotations = pod["metadata"].get("annotations") or {}
         told = str(annotations.get(PROTOCOL) or annotations.get(TOLD_PROTOCOL) or "").lower()
@@ -219,25 +241,59 @@ def _protocol(port: Mapping[str, Any], target: int, pods: Sequence[Manifest]) ->
     prefix = re.split(r"[^a-z0-9]", str(port.get("name") or ""))[0]
     if said or prefix in _NOT_HTTP:
         return "tcp"
-    return _BY_PROTOCOL.get(prefix) or ("http" if _probed_by_http(target, pods) else "tcp")
+    if prefix in _BY_PROTOCOL:
+        return _BY_PROTOCOL[prefix]
+    probed = [probe for probe in _probes(pods) if probe.port == target and not probe.tls]
+    for kind, protocol in (("grpc", "grpc"), ("httpGet", "http")):
+        if any(probe.kind == kind for probe in probed):
+            return cast(Protocol, protocol)
+    return "tcp" if {target, port.get("port")} & _NOT_LOOKED_INTO else None
 
 
-def _probed_by_http(port: int, pods: Sequence[Manifest]) -> bool:
-    """Does the kubelet speak HTTP, without TLS, to this port of the pods?"""
-    for container in (one for pod in pods for one in pod.get("spec", {}).get("containers", [])):
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """How the kubelet asks a container. `path`: of an HTTP probe without TLS."""
+
+    kind: str  # httpGet, tcpSocket, grpc
+    port: int
+    path: str
+    tls: bool
+
+
+def _probes(pods: Iterable[Manifest]) -> Iterator[_Probe]:
+    """The probes of these pods' containers that come by the network."""
+    for container in (one for pod in pods for one in _containers(pod)):
         numbers = {one.get("name"): one.get("containerPort") for one in container.get("ports") or ()}
-        for kind in _PROBES:
-            probe = (container.get(kind) or {}).get("httpGet") or {}
-            asked = probe.get("port")
-            if probe.get("scheme", "HTTP") == "HTTP" and numbers.get(asked, asked) == port:
-                return True
-    return False
+        for probe in (container.get(kind) or {} for kind in _PROBES):
+            for kind in ("httpGet", "tcpSocket", "grpc"):
+                if (how := probe.get(kind)) is not None:
+                    port = numbers.get(how.get("port"), how.get("port"))
+                    if isinstance(port, int):
+                        tls = how.get("scheme", "HTTP") != "HTTP"
+                        yield _Probe(kind, port, str(how.get("path") or "/"), tls)
 
 
-def _service(port: int, protocol: Protocol, pods: Sequence[Manifest]) -> Service:
-    containers = [container for pod in pods for container in pod.get("spec", {}).get("containers", [])]
-    probes = [container.get(kind) or {} for container in containers for kind in _PROBES]
-    probed = sorted({probe["httpGet"].get("path", "/") for probe in probes if "httpGet" in probe})
+def _service(
+    port: int,
+    protocol: Protocol,
+    pods: Sequence[Manifest],
+    *,
+    detect: bool = False,
+    besides: Collection[int] = (),
+) -> Service:
+    """`besides`: other ports that Services of the namespace lead to."""
+    probes = list(_probes(pods))
+    probed = sorted(
+        {one.path for one in probes if one.kind == "httpGet" and one.port == port and not one.tls}
+    )
+    named = {
+        one["containerPort"]
+        for pod in pods
+        for container in _containers(pod)
+        for one in container.get("ports") or ()
+        if one.get("protocol", "TCP") == "TCP" and one.get("containerPort")
+    }
+    aside = (named | {one.port for one in probes} | set(besides)) - {port}
     return Service(
         port=port,
         protocol=protocol,
@@ -245,4 +301,16 @@ def _service(port: int, protocol: Protocol, pods: Sequence[Manifest]) -> Service
         metrics=None,
         open_paths={path: ["GET"] for path in probed},
         versions={version_of(pod): Workload(image=INJECTED) for pod in pods},
+        found=Found(
+            detect=detect,
+            grpc_probe=any(one.kind == "grpc" and one.port == port for one in probes),
+            aside=tuple(sorted(aside)),
+        ),
     )
+
+
+def _containers(pod: Manifest) -> list[Manifest]:
+    """The containers of a pod that are its owner's and stay."""
+    spec = pod.get("spec", {})
+    sidecars = [one for one in spec.get("initContainers") or () if one.get("restartPolicy") == "Always"]
+    return [one for one in (*(spec.get("containers") or ()), *sidecars) if not one["name"].startswith(_OURS)]

@@ -282,12 +282,18 @@ class Renderer:
         app = self._endpoints_of("app", ((instance.app_host, instance.app_port),))
         if shared.listeners:
             own = self._captured_inbound(of, instance.app_port)
+            aside = of.service.found.aside if of.service.found else ()
+            endpoints = [
+                app,
+                *(self._endpoints_of(f"aside:{port}", ((instance.app_host, port),)) for port in aside),
+            ]
         else:
             own = self._interned(xds.LISTENERS, _listeners(of.listeners, instance))
+            endpoints = [app]
         return {
             xds.RUNTIME: (shared.runtime,),
             xds.CLUSTERS: (shared.clusters, of.app),
-            xds.ENDPOINTS: (shared.endpoints, self._bundle(xds.ENDPOINTS, [app])),
+            xds.ENDPOINTS: (shared.endpoints, self._bundle(xds.ENDPOINTS, endpoints)),
             xds.LISTENERS: (*shared.listeners, own),
             xds.ROUTES: (shared.outbound, inbound),
         }
@@ -321,7 +327,7 @@ class Renderer:
                 Cluster,
                 service=name,
                 version=version,
-                protocol=service.protocol,
+                protocol=service.spoken,
                 identity=spiffe_id(mesh.mesh, mesh.namespace, name),
                 traffic=_limits(traffic),
             ),
@@ -360,7 +366,7 @@ class Renderer:
                 "virtual_host",
                 VirtualHost,
                 service=name,
-                protocol=service.protocol,
+                protocol=service.spoken,
                 domains=_domains(name, mesh.namespace),
                 routes=declared_routes(service),
                 split=split,
@@ -380,17 +386,20 @@ class Renderer:
         """
         traced = None if traces is None else "sidecar"
         frame = self._made("captured_outbound", Listener, port=names.OUTBOUND_PORT)
-        chains = []
+        chains, looked_into = [], []
         for name, service in mesh.app.services.items():
             if address := mesh.addresses.get(name):
-                if service.protocol == "tcp":
-                    chain = self._made("captured_tcp", Listener, service=name, split=splits[name])
+                port, table = mesh.ports.get(name, service.port), f"outbound/{name}"
+                tcp = self._made("captured_tcp", Listener, service=name, split=splits[name])
+                if service.spoken == "any":
+                    http = self._made("listener_outbound", Listener, routes=table, grpc=True, traced=traced)
+                    looked_into.append(self._detecting(name, address, port, http, tcp))
+                elif service.spoken == "tcp":
+                    chains.append((name, address, port, tcp))
                 else:
-                    grpc = service.protocol == "grpc"
-                    chain = self._made(
-                        "listener_outbound", Listener, routes=f"outbound/{name}", grpc=grpc, traced=traced
-                    )
-                chains.append((name, address, mesh.ports.get(name, service.port), chain))
+                    grpc = service.spoken == "grpc"
+                    http = self._made("listener_outbound", Listener, routes=table, grpc=grpc, traced=traced)
+                    chains.append((name, address, port, http))
         outbound = self._once(
             ("captured outbound", frame, *chains),
             lambda: _Made(
@@ -401,25 +410,44 @@ class Renderer:
         by_name = self._by_name(mesh, traced)
         proxy = self._once(("captured proxy", by_name), lambda: _Made(captured.proxy(by_name.message)))
         # One bundle each: what changes with the services must not have the others sent again.
-        return tuple(self._bundle(xds.LISTENERS, [one]) for one in (outbound, proxy, ready))
+        return tuple(self._bundle(xds.LISTENERS, [one]) for one in (outbound, proxy, ready, *looked_into))
+
+    def _detecting(
+        self, name: str, address: str, port: int, http: _Made[Listener], tcp: _Made[Listener]
+    ) -> _Made[Listener]:
+        """The listener of a service of which nothing says what it speaks."""
+        frame = self._made("captured_detect", Listener, service=name, address=address, port=port)
+        return self._once(
+            ("captured detect", frame, http, tcp),
+            lambda: _Made(captured.detecting(frame.message, http=http.message, tcp=tcp.message)),
+        )
 
     def _by_name(self, mesh: MeshState, traced: str | None) -> _Made[Listener]:
         """The outbound listener that reaches all services, by the names that requests carry."""
-        grpc = any(service.protocol == "grpc" for service in mesh.app.services.values())
+        grpc = any(service.spoken in ("grpc", "any") for service in mesh.app.services.values())
         return self._made("listener_outbound", Listener, routes="outbound", grpc=grpc, traced=traced)
 
     def _captured_inbound(self, of: _ServiceParts, port: int) -> xds.Bundle:
         """The listeners of such a pod that are its service's own."""
-        frame = self._made("captured_inbound", Listener, port=names.INBOUND_PORT)
         mutual_tls, _, plain = of.listeners
+        service = of.service
+        ports = service.found.aside if service.found else ()
+        frame = self._made("captured_inbound", Listener, port=names.INBOUND_PORT, aside=ports)
+        # By HTTP, or by bytes where that is what it is: callers say which by ALPN.
+        in_plain = (
+            plain if service.spoken != "tcp" and (service.spoken != "any" or open_paths(service)) else None
+        )
+        aside = {number: self._made("captured_aside", Listener, port=number) for number in ports}
         inbound = self._once(
-            ("captured inbound", frame, mutual_tls, plain, port),
+            ("captured inbound", frame, mutual_tls, of.bytes, in_plain, port, *aside.items()),
             lambda: _Made(
                 captured.inbound(
                     frame.message,
                     mutual_tls=mutual_tls.message,
-                    plain=None if of.service.protocol == "tcp" else plain.message,
+                    other=of.bytes and of.bytes.message,
+                    plain=in_plain and in_plain.message,
                     port=port,
+                    aside={number: listener.message for number, listener in aside.items()},
                 )
             ),
         )
@@ -506,7 +534,7 @@ class Renderer:
             "headers": route.headers,
             "clusters": _shares(route.backends, splits),
             "service": first,
-            "protocol": mesh.app.services[first].protocol if first else "http",
+            "protocol": mesh.app.services[first].spoken if first else "http",
             "traffic": _routing(traffic[first]) if first else _DEFAULT,
         }
 
@@ -539,21 +567,34 @@ class Renderer:
             return spiffe_id(mesh.mesh, mesh.namespace, name)
 
         rules = access_rules([identity(caller) for caller in allowed])
+        domain = trust_domain(mesh.mesh)
+
+        def inbound(protocol: str) -> _Made[Listener]:
+            return self._made(
+                "listener_inbound",
+                Listener,
+                protocol=protocol,
+                trust_domain=domain,
+                access=rules if protocol == "tcp" else None,
+                traced=traced,
+            )
+
+        aside = service.found.aside if service.found else ()
         return _ServiceParts(
             service=service,
             rules=rules,
             faults=faults,
             identity=identity,
-            app=self._bundle(xds.CLUSTERS, [self._made("app", Cluster, protocol=service.protocol)]),
+            app=self._bundle(
+                xds.CLUSTERS,
+                [
+                    self._made("app", Cluster, name="app", protocol=service.spoken),
+                    *(self._made("app", Cluster, name=f"aside:{port}", protocol="tcp") for port in aside),
+                ],
+            ),
+            bytes=inbound("tcp") if service.spoken == "any" else None,
             listeners=(
-                self._made(
-                    "listener_inbound",
-                    Listener,
-                    protocol=service.protocol,
-                    trust_domain=trust_domain(mesh.mesh),
-                    access=rules if service.protocol == "tcp" else None,
-                    traced=traced,
-                ),
+                inbound(service.spoken),
                 self._by_name(mesh, traced),
                 self._made(
                     "listener_plain",
@@ -576,7 +617,7 @@ class Renderer:
             routes = self._made(
                 "routes_inbound",
                 RouteConfiguration,
-                protocol=of.service.protocol,
+                protocol=of.service.spoken,
                 access=of.rules,
                 routes=inbound_routes(of.service, faults, of.identity),
                 mirrored=MIRRORED if mirrored else None,
@@ -655,6 +696,9 @@ class _Made(Generic[_M]):
 
 
 _DEFAULT = Traffic()
+_GRPC_HEALTH = (
+    "/grpc.health.v1.Health/Check"  # https://github.com/grpc/grpc/blob/master/doc/health-checking.md
+)
 
 _Versions = Mapping[str, Mapping[str, Sequence[Instance]]]
 """Service -> version -> the instances that its callers know of."""
@@ -681,6 +725,7 @@ class _ServiceParts:
     faults: tuple[Fault, ...]
     identity: Callable[[str], str]
     app: xds.Bundle
+    bytes: _Made[Listener] | None  # the inbound listener of what is not HTTP, where it may be either
     listeners: tuple[_Made[Listener], _Made[Listener], _Made[Listener]]
     inbound: dict[tuple[tuple[Fault, ...], bool], xds.Bundle]
 
@@ -712,11 +757,15 @@ def access_rules(allowed: Sequence[str]) -> dict[str, Any]:
 
 def open_paths(service: Service) -> dict[str, list[str]]:
     """Exact path -> methods that need no certificate: probes, metrics, and what the app file declares."""
-    paths = {path: ["GET"] for path in (service.healthz, service.metrics) if path}
+    # Of what is not declared the kubelet's probes are all that is known to be asked so.
+    told = () if service.found is not None else (service.healthz, service.metrics)
+    paths = {path: ["GET"] for path in told if path}
     if service.load:
         paths["/load"] = ["GET"]
     for path, methods in service.open_paths.items():
         paths[path] = list(dict.fromkeys([*paths.get(path, []), *methods]))
+    if service.found is not None and service.found.grpc_probe:
+        paths[_GRPC_HEALTH] = ["POST"]
     return paths
 
 

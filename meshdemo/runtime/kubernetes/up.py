@@ -461,9 +461,9 @@ class _Up:
         from meshdemo.runtime.local.through import request_through
 
         runtime = self._runtime
-        app = runtime.app()
+        app = declared(runtime.app())  # what injected services answer, nobody knows
         while True:
-            found = runtime.instances()
+            found = [one for one in runtime.instances() if one.service in app.services]
             # A caller's own outbound port, brought to this machine.
             tunnels = []
             near = []
