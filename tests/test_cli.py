@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -175,6 +176,20 @@ def test_every_command_has_help_and_the_global_options(name: str, tmp_path: Path
         assert option in done.stdout
 
 
+@pytest.mark.parametrize("name", list(main.COMMANDS))
+def test_every_command_has_examples_that_can_be_typed(name: str) -> None:
+    loaded = main.load(name)
+    below = [loaded.epilog, *(one.epilog for one in getattr(loaded, "commands", {}).values())]
+    assert below[0]
+    for line in "\n".join(filter(None, below)).splitlines():
+        if not line.startswith("meshdemo "):
+            continue
+        first, *rest = shlex.split(line.partition(" | ")[0])[1:]
+        frame = main.load(first).make_context(first, rest)  # complains of what it does not know
+        if child := [*frame._protected_args, *frame.args]:
+            frame.command.commands[child[0]].make_context(child[0], child[1:])
+
+
 def test_version(tmp_path: Path) -> None:
     assert meshdemo("--version", home=tmp_path).stdout == f"meshdemo {__version__}\n"
 
@@ -231,7 +246,7 @@ def test_a_name_that_is_none(name: str, tmp_path: Path) -> None:
     ("args", "complaint"),
     [
         (["statt"], "Did you mean 'stat', 'status'?"),
-        (["stat", "-o", "xml"], "'xml' is not one of 'text', 'json', 'jsonl'"),
+        (["stat", "-o", "xml"], "--output 'xml': allowed is text, json, jsonl"),
         (["stat", "--by", "planet"], "allowed is service, version, instance, route, caller"),
         (["stat", "--window", "10"], "--window '10': give a duration"),
         (["stat", "--window", "1h"], "allowed is 1 to 600 s"),
@@ -241,7 +256,7 @@ def test_a_name_that_is_none(name: str, tmp_path: Path) -> None:
         (["load", "--rps", "nan"], "--rps nan: allowed is 0 to 100000"),
         (["fault"], "nothing to break"),
         (["fault", "--lat", "-5"], "a latency is 0 to"),
-        (["fault", "--lat", "fast"], "'fast' is not a valid"),
+        (["fault", "--lat", "fast"], "--lat 'fast': give a number (see"),
         (["fault", "--err", "1.5"], "an error share is 0 to 1"),
         (["fault", "--err", "0.5", "--for", "soon"], "--for 'soon': give a duration"),
         (["fault", "--crash", "--lat", "5"], "--crash with --lat"),
@@ -250,7 +265,9 @@ def test_a_name_that_is_none(name: str, tmp_path: Path) -> None:
         (["traffic", "set", "service-b", "--split", "v1=90"], "sum to 90, not to 100"),
         (["traffic", "set", "service-b", "--outlier", "maybe"], "allowed is on or off"),
         (["traffic", "set", "service-b", "--timeout", "500"], "--timeout '500': give a duration"),
-        (["tap", "--max", "0"], "--max"),
+        (["tap", "--max", "0"], "--max 0: allowed is 1 or more"),
+        (["tap", "--max", "x"], "--max 'x': give a whole number"),
+        (["dashboard", "--port", "70000"], "--port 70000: allowed is 0 to 65535"),
         (["access", "allow", "service-a"], "Missing argument"),
         (["render", "envoy", "--app", "nonsense"], "nonsense"),
     ],

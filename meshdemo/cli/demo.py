@@ -46,7 +46,10 @@ def command(
         str, typer.Option("--runtime", metavar="R", help="Where: local, kind or kubernetes.")
     ] = "local",
     rps: Annotated[
-        float, typer.Option("--rps", metavar="N", help="Requests per second; less for a slow machine.")
+        float,
+        typer.Option(
+            "--rps", metavar="N", help="Requests per second that service-a sends; less for a slow machine."
+        ),
     ] = 200.0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the mesh running at the end.")] = False,
 ) -> None:

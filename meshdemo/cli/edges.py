@@ -11,7 +11,9 @@ from meshdemo.cli import _context, _values
 
 def command(
     ctx: typer.Context,
-    window: Annotated[str, typer.Option("--window", metavar="DURATION", help="How far back.")] = "10s",
+    window: Annotated[
+        str, typer.Option("--window", metavar="DURATION", help="How far back, 1s to 10m.")
+    ] = "10s",
 ) -> None:
     """Who calls whom, and whether it is secured (every request of the window over mutual TLS)."""
     window_s = _values.number(_values.duration_s(window, "--window"), "--window", 1, 600, "s")

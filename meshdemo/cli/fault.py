@@ -22,35 +22,55 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def fault(
     ctx: typer.Context,
-    lat: Annotated[float | None, typer.Option("--lat", metavar="MS", help="Latency to add.")] = None,
+    lat: Annotated[
+        float | None, typer.Option("--lat", metavar="MS", help="Latency to add, in ms, up to 3600000.")
+    ] = None,
     err: Annotated[
-        float | None, typer.Option("--err", metavar="SHARE", help="Share of errors, 0 to 1.")
+        float | None, typer.Option("--err", metavar="SHARE", help="Share of requests that fail, 0 to 1.")
     ] = None,
     service: Annotated[
         str | None, typer.Option("--service", metavar="S", help="Where (default: service-b).")
     ] = None,
-    version: Annotated[str | None, typer.Option("--version", metavar="V", help="Only this version.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", metavar="V", help="Only this version (default: all).")
+    ] = None,
     instance: Annotated[
-        str | None, typer.Option("--instance", metavar="ID", help="Only this instance.")
+        str | None, typer.Option("--instance", metavar="ID", help="Only this instance (default: all).")
     ] = None,
     route: Annotated[
-        str | None, typer.Option("--route", metavar="PREFIX", help="Only these paths (--at mesh).")
+        str | None,
+        typer.Option(
+            "--route", metavar="PREFIX", help="Only paths that begin so, such as /work (--at mesh)."
+        ),
     ] = None,
     caller: Annotated[
-        str | None, typer.Option("--caller", metavar="S", help="Only for this caller (--at mesh).")
+        str | None,
+        typer.Option("--caller", metavar="S", help="Only for this caller, gateway is one (--at mesh)."),
     ] = None,
     at: Annotated[
         str | None, typer.Option("--at", metavar="app|mesh", help="In the app (default), or its sidecars.")
     ] = None,
     share: Annotated[
         float | None,
-        typer.Option("--share", metavar="SHARE", help="Share of requests that get the latency (--at mesh)."),
+        typer.Option(
+            "--share",
+            metavar="SHARE",
+            help="Share of requests that get the latency, 0 to 1 (--at mesh; default: 1).",
+        ),
     ] = None,
     for_: Annotated[
-        str | None, typer.Option("--for", metavar="DURATION", help="Clears itself after, such as 30s.")
+        str | None,
+        typer.Option(
+            "--for", metavar="DURATION", help="Clears itself after, such as 30s or 5m (default: never)."
+        ),
     ] = None,
-    crash: Annotated[bool, typer.Option("--crash", help="Kill an instance.")] = False,
-    hang: Annotated[bool, typer.Option("--hang", help="Stop an instance without killing it.")] = False,
+    crash: Annotated[
+        bool,
+        typer.Option("--crash", help="Kill an instance, the first that fits; the runtime starts it again."),
+    ] = False,
+    hang: Annotated[
+        bool, typer.Option("--hang", help="Stop an instance, the first that fits, without killing it.")
+    ] = False,
 ) -> None:
     """Break something on purpose."""
     if ctx.invoked_subcommand is not None:

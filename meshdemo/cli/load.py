@@ -12,7 +12,14 @@ from meshdemo.limits import MAX_RPS
 
 def command(
     ctx: typer.Context,
-    rps: Annotated[float, typer.Option("--rps", metavar="N", help="Requests per second; 0 stops it.")],
+    rps: Annotated[
+        float,
+        typer.Option(
+            "--rps",
+            metavar="N",
+            help="Requests per second that each instance which makes load sends, 0 to 100000; 0 stops it.",
+        ),
+    ],
 ) -> None:
     """Set the load that service-a makes."""
     rps = _values.number(rps, "--rps", 0, MAX_RPS, "requests/s")

@@ -22,6 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from meshdemo import __version__
 from meshdemo.cli._context import Context, Output
+from meshdemo.cli._examples import below
 from meshdemo.errors import BadInput, MeshdemoError
 
 # name: (heading in the help, module under meshdemo.cli, one line of help)
@@ -82,6 +83,9 @@ def load(name: str) -> Any:
         app.command(name, help=module.command.__doc__ or line)(module.command)
         command = typer.main.get_command(app)
     command.name = name
+    command.epilog = below(name)
+    for child_name, child in getattr(command, "commands", {}).items():
+        child.epilog = below(f"{name} {child_name}")
     _add_globals(command, typer.main.get_command(_globals).params)
     return command
 
@@ -200,7 +204,7 @@ def run(argv: list[str] | None = None) -> NoReturn:
         status = 1
     except typer.TyperException as error:
         # A usage error of the command line itself; those of Typer's help (no arguments) carry no message.
-        if message := error.format_message():
+        if message := plainly(error.format_message()):
             where = getattr(getattr(error, "ctx", None), "command_path", "meshdemo")
             _complain(f"{message.rstrip('.')} (see `{where} --help`)", "", context, None)
         status = getattr(error, "exit_code", 2)
@@ -216,6 +220,31 @@ def run(argv: list[str] | None = None) -> NoReturn:
         _complain_internal(error, context)
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+_INVALID = re.compile(
+    r"Invalid value for '(?P<option>[^']+)'(?: / '[^']+')?: (?P<value>.*?) is not (?P<wrong>.*)"
+)
+_RANGE = re.compile(r"in the range (?:(?P<low>\S+)<=)?x(?:(?P<sign>[<>]=)(?P<limit>\S+))?")
+
+
+def plainly(message: str) -> str:
+    """A complaint of the parser in the words of all others: the option, the value, what is allowed."""
+    if (found := _INVALID.fullmatch(message.rstrip("."))) is None:
+        return message
+    option, value, wrong = found["option"], found["value"], found["wrong"]
+    if wrong.startswith("a valid"):
+        allowed = "give a whole number" if "int" in wrong else "give a number"
+    elif wrong.startswith("one of"):
+        allowed = f"allowed is {wrong.removeprefix('one of ').replace(chr(39), '')}"
+    elif (span := _RANGE.fullmatch(wrong)) is not None:
+        if span["low"]:
+            allowed = f"allowed is {span['low']} to {span['limit']}"
+        else:
+            allowed = f"allowed is {span['limit']} or {'more' if span['sign'] == '>=' else 'less'}"
+    else:
+        return message
+    return f"{option} {value}: {allowed}"
 
 
 def _complain_internal(error: Exception, context: Context) -> None:

@@ -18,7 +18,9 @@ def command(
         str | None, typer.Argument(help="Only this service (default: all).", show_default=False)
     ] = None,
     by: Annotated[str, typer.Option("--by", metavar="|".join(SCOPES), help="One row for each.")] = "service",
-    window: Annotated[str, typer.Option("--window", metavar="DURATION", help="How far back.")] = "10s",
+    window: Annotated[
+        str, typer.Option("--window", metavar="DURATION", help="How far back, 1s to 10m.")
+    ] = "10s",
 ) -> None:
     """Requests/s, success rate and latency, one row each."""
     if by not in SCOPES:

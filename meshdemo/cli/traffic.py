@@ -20,25 +20,46 @@ def set_(
         str | None, typer.Option("--split", metavar="v1=90,v2=10", help="Weights by version; sum 100.")
     ] = None,
     timeout: Annotated[
-        str | None, typer.Option("--timeout", metavar="DURATION", help="Of a request, such as 500ms.")
+        str | None,
+        typer.Option("--timeout", metavar="DURATION", help="Of a request, such as 500ms (default: 15s)."),
     ] = None,
     retries: Annotated[
-        int | None, typer.Option("--retries", metavar="N", help="Of a failed request; 0: none.")
+        int | None,
+        typer.Option(
+            "--retries",
+            metavar="N",
+            help="Of a failed request, 0: none (default: 2, of what no app has answered).",
+        ),
     ] = None,
     max_connections: Annotated[
-        int | None, typer.Option("--max-connections", metavar="N", help="Circuit breaker.")
+        int | None,
+        typer.Option(
+            "--max-connections", metavar="N", help="Circuit breaker: connections of a caller (default: 4096)."
+        ),
     ] = None,
     max_pending: Annotated[
-        int | None, typer.Option("--max-pending", metavar="N", help="Circuit breaker.")
+        int | None,
+        typer.Option(
+            "--max-pending",
+            metavar="N",
+            help="Circuit breaker: requests that wait for a connection (default: 4096).",
+        ),
     ] = None,
     max_requests: Annotated[
-        int | None, typer.Option("--max-requests", metavar="N", help="Circuit breaker.")
+        int | None,
+        typer.Option(
+            "--max-requests", metavar="N", help="Circuit breaker: requests in flight (default: 4096)."
+        ),
     ] = None,
     mirror: Annotated[
-        str | None, typer.Option("--mirror", metavar="V=SHARE", help="Copy a share of requests to V.")
+        str | None,
+        typer.Option("--mirror", metavar="V=SHARE", help="Copy a share of requests, 0 to 1, to version V."),
     ] = None,
     outlier: Annotated[
-        str | None, typer.Option("--outlier", metavar="on|off", help="Passive ejection of bad instances.")
+        str | None,
+        typer.Option(
+            "--outlier", metavar="on|off", help="Callers leave out instances that keep failing (default: on)."
+        ),
     ] = None,
 ) -> None:
     """Change how callers reach SERVICE. What is not named stays as it is."""

@@ -34,27 +34,45 @@ def command(
         typer.Option("--app", metavar="APP", help="What: pair, emojivoto or a YAML file (default: pair)."),
     ] = None,
     rps: Annotated[
-        float | None, typer.Option("--rps", metavar="N", help="Requests per second that the app makes.")
+        float | None,
+        typer.Option(
+            "--rps",
+            metavar="N",
+            help="Requests per second that each instance which makes load sends, 0 to 100000 (default: 50).",
+        ),
     ] = None,
     replicas: Annotated[
         list[str] | None,
-        typer.Option("--replicas", metavar="SERVICE=N", help="Instances of a service; may be repeated."),
+        typer.Option(
+            "--replicas", metavar="SERVICE=N", help="Instances of a service, 0 to 1000; may be repeated."
+        ),
     ] = None,
     version: Annotated[
         list[str] | None,
-        typer.Option("--version", metavar="SERVICE=V", help="Start a further version; may be repeated."),
+        typer.Option(
+            "--version",
+            metavar="SERVICE=V",
+            help="Start a further version that the app file has; may be repeated.",
+        ),
     ] = None,
     context: Annotated[
-        str | None, typer.Option("--context", metavar="CTX", help="kubeconfig context (kubernetes).")
+        str | None,
+        typer.Option(
+            "--context", metavar="CTX", help="kubeconfig context (kubernetes; default: the current one)."
+        ),
     ] = None,
     kind_image: Annotated[
         str | None,
         typer.Option(
-            "--kind-image", metavar="IMAGE", envvar="MESHDEMO_KIND_IMAGE", help="Node image (kind)."
+            "--kind-image",
+            metavar="IMAGE",
+            envvar="MESHDEMO_KIND_IMAGE",
+            help="Node image (kind; default: that of the kind that is installed).",
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", min=0, help="Nodes besides the first (kind).")
+        int | None,
+        typer.Option("--workers", metavar="N", min=0, help="Nodes besides the first (kind; default: 0)."),
     ] = None,
     base_image: Annotated[
         str | None,
@@ -105,7 +123,7 @@ def command(
         typer.Option("--watch/--no-watch", help="Run watch in the cluster, too (kind, kubernetes)."),
     ] = None,
     timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Give up after so long.")
+        float, typer.Option("--timeout", metavar="SECONDS", help="Give up after so many seconds.")
     ] = 300.0,
 ) -> None:
     """Bring the mesh up, or finish and change a running one.

@@ -27,7 +27,8 @@ def command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and say, and touch nothing.")] = False,
     for_: Annotated[
-        str | None, typer.Option("--for", metavar="DURATION", help="End after so long, such as 60s.")
+        str | None,
+        typer.Option("--for", metavar="DURATION", help="End after so long, such as 60s (default: never)."),
     ] = None,
     until_healed: Annotated[
         bool,
