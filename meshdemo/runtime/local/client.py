@@ -20,7 +20,7 @@ def told(answer: dict[str, Any]) -> MeshdemoError:
 
 
 class SupervisorClient:
-    """Calls the operations of one mesh's supervisor (`Supervisor.op_...`)."""
+    """Calls the operations of one mesh's supervisor (the methods of `operations.Operations`)."""
 
     def __init__(self, paths: MeshPaths) -> None:
         self._paths = paths

@@ -1,16 +1,21 @@
-"""What the local Prometheus is told: its configuration, and the instances as targets."""
+"""The local Prometheus: what it is told (its configuration, the instances as targets), and its process."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from meshdemo.apps.model import App
 from meshdemo.control.model import Instance
 from meshdemo.files import write_atomic
 from meshdemo.resources import TEMPLATES
+from meshdemo.runtime.local.control_plane import ControlPlane
+from meshdemo.runtime.local.keeper import BoundedLog, Keeper, Plan, Reaper
+from meshdemo.runtime.local.paths import MeshPaths
+from meshdemo.runtime.local.ports import Port
+from meshdemo.runtime.local.probe import answers
 
 RULES = "rules/objectives.yml"  # beside the configuration; there need not be any
 _INTERVAL_S = 5  # a scrape reads some 100 kB from each sidecar: more often would be felt in an idle mesh
@@ -65,3 +70,62 @@ def write_targets(folder: Path, app: App, instances: Iterable[Instance]) -> None
             workloads.append({"targets": [target], "labels": {**labels, "__metrics_path__": path}})
     write_atomic(folder / "workloads.json", json.dumps(workloads))
     write_atomic(folder / "sidecars.json", json.dumps(sidecars))
+
+
+class Prometheus:
+    """The Prometheus of one mesh, kept running.
+
+    Args:
+        moved: called when another port was chosen, since somebody else took the first meanwhile.
+    """
+
+    def __init__(
+        self,
+        binary: Path,
+        *,
+        mesh: str,
+        paths: MeshPaths,
+        control: ControlPlane,
+        environ: Mapping[str, str],
+        reaper: Reaper,
+        changed: Callable[[], None],
+        died: Callable[[str, str], None],
+        moved: Callable[[], None],
+    ) -> None:
+        self.port = Port()
+        self._binary = binary
+        self._mesh = mesh
+        self._folder = paths.prometheus
+        self._control = control
+        self._environ = environ
+        self._moved = moved
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self.keeper = Keeper(
+            "prometheus",
+            self._plan,
+            output=BoundedLog(paths.logs / "prometheus.log"),
+            reaper=reaper,
+            probe=lambda: answers(self.port.number, "/-/ready"),
+            changed=changed,
+            died=died,
+            port_lost=self._port_lost,
+        )
+
+    def tell(self, app: App, instances: Iterable[Instance]) -> None:
+        """Give it its targets. Raises OSError."""
+        write_targets(self._folder, app, instances)
+
+    def _plan(self) -> Plan:
+        text = config(
+            mesh=self._mesh, targets=self._folder, credentials=self._control.token,
+            control_plane=self._control.address,
+        )  # fmt: skip
+        write_atomic(self._folder / "prometheus.yml", text)
+        return Plan(command=command(self._binary, self._folder, self.port.number), env=self._environ, cwd="/")
+
+    def _port_lost(self) -> bool:
+        if not self.port.lost():
+            return False
+        self.port.renew()
+        self._moved()
+        return True
