@@ -19,7 +19,8 @@ from meshdemo.apps.model import App, Route
 from meshdemo.control import gateway
 from meshdemo.control.intent import access, set_access
 from meshdemo.control.model import Entry, Instance, Intent, MeshState
-from meshdemo.control.render import Renderer, declared_routes
+from meshdemo.control.render.renderer import Renderer
+from meshdemo.control.render.routes import declared_routes
 from meshdemo.errors import BadInput
 from meshdemo.runtime.local.ports import Port
 

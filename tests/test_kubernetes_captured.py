@@ -19,7 +19,7 @@ from meshdemo.apps.model import App
 from meshdemo.control import xds
 from meshdemo.control.bootstrap import Placement, bootstrap_files, find_envoy
 from meshdemo.control.model import Instance, Intent, MeshState
-from meshdemo.control.render import Renderer
+from meshdemo.control.render.renderer import Renderer
 
 TCP = App.model_validate(
     {

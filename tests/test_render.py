@@ -21,16 +21,16 @@ from xds_harness import pair
 from meshdemo.apps.model import Route, Service
 from meshdemo.control import xds
 from meshdemo.control.model import Ejection, Fault, Instance, Intent, MeshState, Traffic
-from meshdemo.control.render import (
+from meshdemo.control.render.inbound import open_paths
+from meshdemo.control.render.renderer import Renderer
+from meshdemo.control.render.routes import (
     Degradation,
     InboundRoute,
-    Renderer,
     combine,
     declared_routes,
-    effective_split,
     inbound_routes,
-    open_paths,
 )
+from meshdemo.control.render.split import effective_split
 from meshdemo.control.rules import DEFAULTS
 from meshdemo.resources import TEMPLATES
 

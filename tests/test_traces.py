@@ -15,7 +15,7 @@ from page_harness import made_up
 from meshdemo.control import xds
 from meshdemo.control.intent import set_traces, trace_endpoint
 from meshdemo.control.model import Intent
-from meshdemo.control.render import Renderer
+from meshdemo.control.render.renderer import Renderer
 from meshdemo.errors import BadInput
 
 

@@ -30,7 +30,8 @@ from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Nack, Outcome
 from meshdemo.control.identity import Authenticator, Authority, Certificate, TokenHashes, bearer, spiffe_id
 from meshdemo.control.intent import Intents, IntentStore, Overtaken, expire_faults, expire_leases, forget_gone
 from meshdemo.control.model import Effect, Instance, Intent, MeshState, SplitLease
-from meshdemo.control.render import Renderer, real_share
+from meshdemo.control.render.renderer import Renderer
+from meshdemo.control.render.split import real_share
 from meshdemo.errors import Failed
 from meshdemo.resources import TEMPLATES
 

@@ -15,7 +15,7 @@ from google.protobuf import json_format
 from meshdemo.apps.model import GATEWAY, App
 from meshdemo.control import xds
 from meshdemo.control.model import Instance, Intent, MeshState
-from meshdemo.control.render import Renderer
+from meshdemo.control.render.renderer import Renderer
 from meshdemo.errors import BadInput
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from meshdemo.control.model import Intent, MeshState, Traffic
-from meshdemo.control.render import effective_split
+from meshdemo.control.render.split import effective_split
 
 if TYPE_CHECKING:
     from meshdemo.control.client import RuleRow

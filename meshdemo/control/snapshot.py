@@ -16,7 +16,7 @@ from meshdemo.apps.model import Service
 from meshdemo.control import aggregate
 from meshdemo.control.model import Fault, Intent, MeshState
 from meshdemo.control.objectives import Goals, verdict
-from meshdemo.control.render import effective_split
+from meshdemo.control.render.split import effective_split
 from meshdemo.control.signals import Sample, Signal
 
 WINDOW_S = 3.0

@@ -1,0 +1,97 @@
+"""What the Envoy at the edge, the gateway, has: as a sidecar that only calls, and is called from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from envoy.config.listener.v3.listener_pb2 import Listener
+from envoy.config.route.v3.route_pb2 import RouteConfiguration
+
+from meshdemo import names
+from meshdemo.apps.model import GATEWAY
+from meshdemo.control import gateway, xds
+from meshdemo.control.model import Instance, MeshState, Traffic
+from meshdemo.control.render import redirected
+from meshdemo.control.render.cache import Cache
+from meshdemo.control.render.inbound import placed
+from meshdemo.control.render.outbound import Shared, routing
+from meshdemo.control.render.routes import declared_routes
+from meshdemo.control.render.split import shares
+
+
+def snapshot(
+    cache: Cache,
+    mesh: MeshState,
+    instance: Instance,
+    shared: Shared,
+    table: xds.Bundle,
+    traces: str | None,
+) -> xds.Snapshot:
+    """All that it has. `table`: its `routes`."""
+    front = cache.made("listener_gateway", Listener, traced=None if traces is None else GATEWAY)
+    plain = cache.made("listener_plain", Listener, open_paths={}, load_token=None)
+    if mesh.addresses:  # in a pod, which is reached at its own address
+        listeners = cache.bundle(
+            xds.LISTENERS,
+            [
+                redirected.anywhere(cache, front, instance.outbound_port),
+                redirected.anywhere(cache, plain, names.PLAIN_PORT),
+                redirected.ready(cache),
+            ],
+        )
+    else:
+        listeners = cache.once(
+            ("gateway", front, plain, instance.host, instance.outbound_port, instance.metrics_port),
+            lambda: cache.interned(
+                xds.LISTENERS,
+                placed(
+                    (front.message, instance.host, instance.outbound_port),
+                    (plain.message, instance.host, instance.metrics_port),
+                ),
+            ),
+        )
+    return {
+        xds.RUNTIME: (shared.runtime,),
+        xds.CLUSTERS: (shared.clusters,),
+        xds.ENDPOINTS: (shared.endpoints,),
+        xds.LISTENERS: (listeners,),
+        xds.ROUTES: (table,),
+    }
+
+
+def routes(
+    cache: Cache, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traffic: Mapping[str, Traffic]
+) -> xds.Bundle:
+    """What it does with requests from outside."""
+    declared = {name: declared_routes(service) for name, service in mesh.app.services.items()}
+    hosts = [
+        {
+            "name": host.name,
+            "unknown": host.unknown,
+            "routes": [_route(route, mesh, splits, traffic) for route in host.routes],
+        }
+        for host in gateway.hosts(mesh, declared)
+    ]
+    return cache.bundle(xds.ROUTES, [cache.made("routes_gateway", RouteConfiguration, hosts=hosts)])
+
+
+def _route(
+    route: gateway.GatewayRoute,
+    mesh: MeshState,
+    splits: Mapping[str, Mapping[str, int]],
+    traffic: Mapping[str, Traffic],
+) -> dict[str, Any]:
+    """A route with what callers of its (first) service go by."""
+    first = route.backends[0][0] if route.backends else None
+    return {
+        "name": route.name,
+        "kind": route.kind,
+        "path": route.path,
+        "method": route.method,
+        "headers": route.headers,
+        "clusters": shares(route.backends, splits),
+        "service": first,
+        "protocol": mesh.app.services[first].spoken if first else "http",
+        "traffic": routing(traffic[first]) if first else Traffic(),
+    }

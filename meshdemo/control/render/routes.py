@@ -1,0 +1,109 @@
+"""The route table of an instance: its service's declared routes, cut up where faults meet a part. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from meshdemo.apps.model import OTHER, Route, Service
+from meshdemo.control.model import Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Degradation:
+    """What the sidecar does to requests: latency for a share of them, an error for a share of them."""
+
+    lat_ms: float
+    share: float
+    err_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class InboundRoute:
+    """One entry of an instance's route table; the first that matches a request takes it."""
+
+    name: str
+    kind: str  # "path" (exact) or "prefix"
+    path: str
+    method: str | None = None
+    caller: str | None = None  # SPIFFE identity
+    fault: Degradation | None = None
+    # Only requests whose random number is below this share are taken; Envoy draws one number for a request
+    # and compares it with every entry's share. 1: all of them.
+    below: float = 1.0
+
+
+def combine(faults: Iterable[Fault]) -> list[tuple[float, Degradation | None]]:
+    """Several faults on the same requests, as parts of these: (share of them up to here, what they meet).
+
+    Faults strike independently. Of the latencies that strike a request the longest counts, so where several
+    have shares, requests are told apart: those with the longest latency first, and those with none at last.
+    """
+    faults = list(faults)
+    spared = 1.0
+    for fault in faults:
+        spared *= 1 - fault.err_rate
+    err_rate = round(1 - spared, 6)
+    slow = sorted((one for one in faults if one.lat_ms and one.share), key=lambda one: -one.lat_ms)
+    # What comes below a latency that all requests get never counts.
+    last = next((number for number, one in enumerate(slow) if one.share == 1), len(slow))
+    slow = slow[: last + 1]
+    if len(slow) <= 1:
+        lat_ms, share = (slow[0].lat_ms, slow[0].share) if slow else (0.0, 1.0)
+        return [(1.0, Degradation(lat_ms, share, err_rate) if lat_ms or err_rate else None)]
+    parts: list[tuple[float, Degradation | None]] = []
+    quick = 1.0
+    for one in slow:
+        quick *= 1 - one.share
+        parts.append((round(1 - quick, 6), Degradation(one.lat_ms, 1.0, err_rate)))
+    if quick:
+        parts.append((1.0, Degradation(0.0, 1.0, err_rate) if err_rate else None))
+    return parts
+
+
+def declared_routes(service: Service) -> list[Route]:
+    """The service's routes, exact paths first and longer prefixes before shorter, and the rest."""
+    ordered = sorted(
+        service.routes,
+        key=lambda route: (route.path is None, -len(route.prefix or ""), route.method is None),
+    )
+    return [*ordered, Route(name=OTHER, prefix="/")]
+
+
+def inbound_routes(
+    service: Service, faults: Sequence[Fault], identity: Callable[[str], str]
+) -> list[InboundRoute]:
+    """The route table of an instance that these faults apply to.
+
+    A fault on a path prefix or a caller splits the routes that it meets; each part keeps its route's name, so
+    that signals by route stay whole.
+    """
+    table: list[InboundRoute] = []
+    for route in declared_routes(service):
+        for kind, path in _parts(route, faults):
+            meeting = [fault for fault in faults if path.startswith(fault.route or "/")]
+            anyone = [fault for fault in meeting if fault.caller is None]
+            for caller in dict.fromkeys(fault.caller for fault in meeting if fault.caller):
+                its = [*anyone, *(fault for fault in meeting if fault.caller == caller)]
+                table += [
+                    InboundRoute(route.name, kind, path, route.method, identity(caller), fault, below)
+                    for below, fault in combine(its)
+                ]
+            table += [
+                InboundRoute(route.name, kind, path, route.method, None, fault, below)
+                for below, fault in combine(anyone)
+            ]
+    return table
+
+
+def _parts(route: Route, faults: Sequence[Fault]) -> list[tuple[str, str]]:
+    """A route as (kind, path), and before it the parts that faults on a longer prefix cut out of it."""
+    if route.path is not None:
+        return [("path", route.path)]
+    prefix = route.prefix or "/"
+    longer = {
+        fault.route
+        for fault in faults
+        if fault.route and fault.route != prefix and fault.route.startswith(prefix)
+    }
+    return [("prefix", path) for path in (*sorted(longer, key=lambda path: (-len(path), path)), prefix)]
