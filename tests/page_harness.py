@@ -23,7 +23,8 @@ import waitress
 
 from meshdemo.apps.model import App
 from meshdemo.control import hand, load, metrics, objectives, page
-from meshdemo.control.api import Control, create_app
+from meshdemo.control.api.app import create_app
+from meshdemo.control.api.mesh import Control
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
 from meshdemo.control.plane import Change, Sidecar

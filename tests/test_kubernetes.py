@@ -26,7 +26,7 @@ from meshdemo.control.identity import service_of, spiffe_id
 from meshdemo.control.intent import Overtaken, eject, set_access
 from meshdemo.control.model import Intent, MeshState
 from meshdemo.control.plane import ControlPlane
-from meshdemo.control.render import open_paths
+from meshdemo.control.render.inbound import open_paths
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.kube import ApiError, Cluster
 from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION

@@ -19,7 +19,8 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
 
-from meshdemo.control.api import Control, control
+from meshdemo.control.api.mesh import Control
+from meshdemo.control.api.request import control
 from meshdemo.control.intent import set_load
 from meshdemo.control.model import Instance, MeshState
 from meshdemo.errors import BadInput, Failed
@@ -116,7 +117,7 @@ def _ask(instance: Instance, method: str, token: str, body: dict[str, Any] | Non
 
 
 def blueprint(keeper: LoadKeeper) -> Blueprint:
-    """`/v1/load`, for `api.create_app`."""
+    """`/v1/load`, for `api.app.create_app`."""
     load = Blueprint("load", __name__)
 
     @load.get("/v1/load")

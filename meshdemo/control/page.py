@@ -25,7 +25,8 @@ from flask import Blueprint, Response, abort, jsonify, request, send_from_direct
 
 from meshdemo.apps.model import App
 from meshdemo.control import aggregate
-from meshdemo.control.api import Control, control, open_to_all
+from meshdemo.control.api.mesh import Control
+from meshdemo.control.api.request import control, open_to_all
 from meshdemo.control.objectives import Goals
 from meshdemo.control.session import SECURITY_HEADERS, Sessions
 from meshdemo.control.snapshot import POINT, WINDOW_S, by_service, point, snapshot

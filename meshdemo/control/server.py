@@ -26,7 +26,8 @@ import grpc
 from pydantic import ValidationError
 
 from meshdemo.control import hand, load, metrics, objectives, page, telemetry
-from meshdemo.control.api import Control, create_app
+from meshdemo.control.api.app import create_app
+from meshdemo.control.api.mesh import Control
 from meshdemo.control.identity import Authenticator
 from meshdemo.control.intent import Intents
 from meshdemo.control.journal import Journal

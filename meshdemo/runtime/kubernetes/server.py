@@ -21,7 +21,7 @@ from typing import Any
 from meshdemo import names
 from meshdemo.control import kubernetes as k8s
 from meshdemo.control import server
-from meshdemo.control.api import Control
+from meshdemo.control.api.mesh import Control
 from meshdemo.control.model import MeshState
 from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.kube import ApiError, Cluster
