@@ -59,6 +59,8 @@ KINDS: Mapping[str, Kind] = {
     "Service": Kind("v1", "services"),
     "ServiceAccount": Kind("v1", "serviceaccounts"),
     "ConfigMap": Kind("v1", "configmaps"),
+    "PersistentVolumeClaim": Kind("v1", "persistentvolumeclaims"),
+    "StorageClass": Kind("storage.k8s.io/v1", "storageclasses", namespaced=False),
     "Secret": Kind("v1", "secrets"),
     "Event": Kind("v1", "events"),
     "Deployment": Kind("apps/v1", "deployments"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,23 @@ def test_votes_are_counted_and_kept(tmp_path: Path) -> None:
     votes = Votes(tmp_path / "votes.sqlite")
     assert [votes.add(":joy:"), votes.add(":cat:"), votes.add(":joy:")] == [1, 1, 2]
     assert Votes(tmp_path / "votes.sqlite").standings() == [(":joy:", 2), (":cat:", 1)]
+
+
+def test_votings_that_share_a_folder_lose_no_vote(tmp_path: Path) -> None:
+    """As pods of both versions do; they may find no database yet, all at once."""
+    code = (
+        "import sys, pathlib; from meshdemo.workloads.emojivoto.voting import Votes; sys.stdin.readline();"
+        "votes = Votes(pathlib.Path(sys.argv[1])); [votes.add(':joy:') for _ in range(50)]"
+    )
+    path = tmp_path / "votes.sqlite"
+    several = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE) for _ in range(4)
+    ]
+    for one in several:
+        assert one.stdin is not None
+        one.stdin.close()  # go
+    assert [one.wait(120) for one in several] == [0] * 4
+    assert Votes(path).standings() == [(":joy:", 200)]
 
 
 @pytest.fixture(scope="module")

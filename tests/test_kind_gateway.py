@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import http.client
+import json
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import yaml
 from kind_harness import Mesh, on_kind, require, until
+from xds_harness import free_port
+
+from meshdemo.runtime.kubernetes import up
 
 pytestmark = [pytest.mark.kind, pytest.mark.xdist_group("kind")]
 
@@ -18,7 +23,8 @@ pytestmark = [pytest.mark.kind, pytest.mark.xdist_group("kind")]
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     require()
-    with on_kind(tmp_path_factory.mktemp("edge"), "--rps", "20", "--no-observability") as found:
+    edge = ("--gateway-port", str(free_port()))  # 8081 may be another mesh's
+    with on_kind(tmp_path_factory.mktemp("edge"), "--rps", "20", "--no-observability", *edge) as found:
         yield found
 
 
@@ -155,66 +161,148 @@ def test_it_comes_back(mesh: Mesh) -> None:
     until(lambda: get(mesh, "/work")[0] == 200, "a gateway that leads on")
 
 
-# -- somebody else's app in the same namespace --------------------------------------------------------------
+# -- somebody else's app, in namespaces of its own ----------------------------------------------------------
 
 
-def test_an_injected_app_is_part_of_the_mesh(mesh: Mesh, tmp_path: Path) -> None:
+def kubectl(mesh: Mesh, *words: str, stdin: str = "") -> str:
+    """What kubectl prints."""
+    path = shutil.which("kubectl")
+    if path is None:
+        pytest.skip("THE STORY OF AN INJECTED APP WAS NOT TESTED: there is no kubectl")
+    command = [path, "--kubeconfig", str(mesh.kubeconfig), *words]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shop(mesh: Mesh, namespace: str) -> list[dict[str, Any]]:
+    """An app that knows of no mesh. Of its port nothing is said."""
     ours = mesh.cluster.get("Deployment", "service-b-v1", mesh.name)
     assert ours is not None
-    image = ours["spec"]["template"]["spec"]["containers"][0]["image"]
-    labels = {"app": "shop"}
     host = "0.0.0.0"  # noqa: S104 - as other people's apps do
     env = {"HOST": host, "PORT": "8080", "SERVICE": "shop", "VERSION": "v1", "INSTANCE": "shop"}
-    deployment = {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": "shop", "namespace": mesh.name},
-        "spec": {
-            "selector": {"matchLabels": labels},
-            "template": {
-                # A copy, or YAML would have an alias, which inject does not edit.
-                "metadata": {"labels": dict(labels)},
-                "spec": {
-                    "containers": [
-                        {
-                            "name": "shop",
-                            "image": image,
-                            "env": [{"name": name, "value": value} for name, value in env.items()],
-                            "readinessProbe": {"httpGet": {"path": "/healthz", "port": 8080}},
-                        }
-                    ]
-                },
+    container = {
+        "name": "shop",
+        "image": ours["spec"]["template"]["spec"]["containers"][0]["image"],
+        "env": [{"name": name, "value": value} for name, value in env.items()],
+        "readinessProbe": {"tcpSocket": {"port": 8080}},
+    }
+    edge = ingress(mesh, "shop", f"{namespace}.test", work="shop")
+    edge["metadata"]["namespace"] = namespace
+    edge["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"] = {"number": 80}
+    return [
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}},
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": "shop", "namespace": namespace},
+            "spec": {
+                "selector": {"matchLabels": {"app": "shop"}},
+                "template": {"metadata": {"labels": {"app": "shop"}}, "spec": {"containers": [container]}},
             },
         },
-    }
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "shop", "namespace": mesh.name},
-        "spec": {"selector": dict(labels), "ports": [{"port": 80, "targetPort": 8080}]},
-    }
-    (tmp_path / "shop.yaml").write_text(yaml.safe_dump_all([deployment, service]))
-    for manifest in yaml.safe_load_all(mesh.run("inject", str(tmp_path / "shop.yaml"))):
-        mesh.cluster.apply(manifest)
-    route = ingress(mesh, "shop", "shop.test", work="shop")
-    route["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"] = {"number": 80}
-    mesh.cluster.apply(route)
-    until(lambda: get(mesh, "/work", "shop.test")[0] == 200, "the injected app through the gateway")
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "shop", "namespace": namespace},
+            "spec": {"selector": {"app": "shop"}, "ports": [{"port": 80, "targetPort": 8080}]},
+        },
+        edge,
+    ]
 
-    def edge() -> dict[str, Any] | None:
-        get(mesh, "/work", "shop.test")
-        return next((one for one in mesh.json("edges") if one["service"] == "shop"), None)
 
-    found = until(edge, "the injected app among the edges")
-    assert found is not None
-    assert (found["caller"], found["secured"]) == ("gateway", True)
+def through(mesh: Mesh, namespace: str, change: str) -> None:
+    """kubectl get deploy -n NAMESPACE -o yaml | meshdemo inject - | kubectl apply -f -"""
+    running = kubectl(mesh, "get", "deploy", "-n", namespace, "-o", "yaml")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(running)
+        file.flush()
+        kubectl(mesh, "apply", "-f", "-", stdin=mesh.run(change, file.name))
+    kubectl(mesh, "rollout", "status", "deploy/shop", "-n", namespace, "--timeout", "110s")
 
-    def well() -> bool:
-        # Until it was ready, requests failed.
-        get(mesh, "/work", "shop.test")
-        (row,) = mesh.json("stat", "shop", "--window", "3s")
-        return bool(row["requests"] and row["success_rate"] == 1)
 
-    until(well, "its signals")
-    (pod,) = mesh.cluster.find("Pod", mesh.name, labels="app=shop")
-    assert "meshdemo-sidecar" in {one["name"] for one in pod["spec"]["initContainers"]}
+def test_an_injected_app_is_part_of_the_mesh_in_whatever_namespace(mesh: Mesh) -> None:
+    places = ("blue", "green")
+    for place in places:
+        kubectl(
+            mesh,
+            "apply",
+            "-f",
+            "-",
+            stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": shop(mesh, place)}),
+        )
+    for place in places:
+        kubectl(mesh, "rollout", "status", "deploy/shop", "-n", place, "--timeout", "110s")  # 1/1, without
+        through(mesh, place, "inject")
+        (pod,) = [
+            one
+            for one in mesh.cluster.find("Pod", place, labels="app=shop")
+            if "deletionTimestamp" not in one["metadata"]
+        ]
+        assert [one["name"] for one in pod["spec"]["initContainers"]] == [
+            "meshdemo-redirect",
+            "meshdemo-sidecar",
+        ]
+        assert mesh.cluster.get("ConfigMap", f"meshdemo-{mesh.name}", place) is not None
+    for place in places:
+        until(
+            lambda place=place: get(mesh, "/work", f"{place}.test")[0] == 200, f"{place} through the gateway"
+        )
+
+    def identities() -> dict[str, str]:
+        return {
+            one["identity"]: one["instance"]
+            for one in mesh.json("identity", "show")["instances"]
+            if one["identity"].endswith("/sa/shop")
+        }
+
+    known = until(lambda: len(found := identities()) == 2 and found, "their identities")
+    assert known
+    assert set(known) == {f"spiffe://{mesh.name}/ns/{place}/sa/shop" for place in places}
+
+    def edge(place: str) -> dict[str, Any] | None:
+        get(mesh, "/work", f"{place}.test")
+        return next((one for one in mesh.json("edges") if one["service"] == f"shop.{place}"), None)
+
+    for place in places:
+        found = until(lambda place=place: edge(place), "the injected app among the edges")
+        assert found is not None
+        assert (found["caller"], found["secured"]) == ("gateway", True)
+
+    def only_blue_is_called() -> bool:
+        for _ in range(5):
+            get(mesh, "/work", "blue.test")
+        rows = {one["service"]: one for one in mesh.json("stat", "--window", "3s")}
+        blue, green = rows["shop.blue"], rows.get("shop.green")
+        return bool(blue["requests"] >= 5 and blue["success_rate"] == 1 and not (green and green["requests"]))
+
+    until(only_blue_is_called, "signals of the one alone, as requests although nothing says that it is HTTP")
+    mesh.run("access", "deny", "gateway", "shop.green")
+    assert get(mesh, "/work", "green.test")[0] == 403
+    assert get(mesh, "/work", "blue.test")[0] == 200
+    mesh.run("access", "allow", "gateway", "shop.green")
+    assert get(mesh, "/work", "green.test")[0] == 200
+    # A remedy, and logs, of what is not in the mesh's own namespace.
+    (before,) = mesh.ids("shop.blue")
+    mesh.runtime.restart(before, reason="a test")
+    assert before not in mesh.ids("shop.blue")
+    assert get(mesh, "/work", "blue.test")[0] == 200
+    assert ".blue" in mesh.run("logs", "shop.blue")
+    # The control plane starts anew, and nobody is missing for a moment.
+    before = mesh.runtime._control_pod()
+    mesh.cluster.delete("Pod", before, mesh.name)
+    until(lambda: mesh.runtime._control_pod() != before, "another control plane")
+    until(lambda: len(identities()) == 2 and get(mesh, "/work", "green.test")[0] == 200, "all of them again")
+    # And out of it again.
+    through(mesh, "green", "uninject")
+    (pod,) = [
+        one
+        for one in mesh.cluster.find("Pod", "green", labels="app=shop")
+        if "deletionTimestamp" not in one["metadata"]
+    ]
+    assert not pod["spec"].get("initContainers")
+    until(lambda: get(mesh, "/work", "green.test")[0] == 503, "green is no part of it any more")
+    notes: list[str] = []
+    removed = up._remove_handouts(mesh.cluster, mesh.runtime.record, notes)
+    assert f"ConfigMap meshdemo-{mesh.name} in blue" in removed
+    assert "stay in blue" in notes[0]

@@ -1069,6 +1069,14 @@ def test_a_pod_without_room_is_the_reason(server: ApiServer, impatient: None) ->
     assert "--replicas" in failed.remedy
 
 
+def test_a_volume_that_is_not_made_is_the_reason() -> None:
+    said = "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims"
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said}
+    (trouble,) = apply.pod_troubles({"metadata": {"name": "voting"}, "status": {"conditions": [condition]}})
+    assert (trouble.reason, trouble.message) == ("VolumePending", said)
+    assert "StorageClass" in trouble.remedy
+
+
 def test_pods_that_may_not_be_made_are_the_reason(server: ApiServer, impatient: None) -> None:
     said = 'pods "b-" is forbidden: exceeded quota: compute'
     failed = await_it(server, {}, conditions=[{"type": "ReplicaFailure", "status": "True", "message": said}])

@@ -84,6 +84,7 @@ VARIANTS = {
     "pair": lambda: objects(APPS["pair"]),
     "emojivoto": lambda: objects(APPS["emojivoto"]),
     "v2": lambda: manifests.objects(spec_of(APPS["pair"], versions={"service-b": ["v2"]}, replicas={"service-b": 0}, rps=7), site_of(APPS["pair"])),
+    "without volumes": lambda: objects(APPS["emojivoto"], storage=False),
     "autoscaled": lambda: objects(APPS["pair"], scaled_by_others=frozenset({"service-b-v1"})),
     "foreign": lambda: objects(FOREIGN),
     "plain": lambda: objects(APPS["pair"], observability=False),
@@ -191,7 +192,7 @@ def test_every_container_but_one_is_restricted(app: App) -> None:
         pod = deployment["spec"]["template"]["spec"]
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
         assert {next(iter(volume.keys() - {"name"})) for volume in pod.get("volumes", [])} <= {
-            "emptyDir", "projected", "secret", "configMap",
+            "emptyDir", "projected", "secret", "configMap", "persistentVolumeClaim",
         }  # fmt: skip
         for container in containers(deployment):
             context = container["securityContext"]
@@ -292,6 +293,34 @@ def test_pods_spread_and_are_not_all_drained_at_once() -> None:
     assert spread["topologyKey"] == "kubernetes.io/hostname"
     assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
     assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_votes_outlive_their_pods_where_the_cluster_has_volumes() -> None:
+    spec = spec_of(APPS["emojivoto"], versions={"voting": ["v2"]})
+    made = manifests.objects(spec, site_of(APPS["emojivoto"]))
+    (claim,) = [one for one in made if one["kind"] == "PersistentVolumeClaim"]
+    assert claim["metadata"]["name"] == "voting-state"
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    found = {one["metadata"]["name"]: one for one in made if one["kind"] == "Deployment"}
+    for name in ("voting-v1", "voting-v2"):  # both versions count the same votes
+        template = found[name]["spec"]["template"]
+        pod = template["spec"]
+        (state,) = [volume for volume in pod["volumes"] if volume["name"] == "state"]
+        assert state["persistentVolumeClaim"] == {"claimName": "voting-state"}
+        assert pod["securityContext"]["fsGroup"] == pod["containers"][0]["securityContext"]["runAsGroup"]
+        # Such a volume is on one node, and a rollout has old and new pods at the same time.
+        (term,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert term["topologyKey"] == "kubernetes.io/hostname"
+        assert term["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        assert "topologySpreadConstraints" not in pod
+    for name in ("web-v1", "emoji-v1"):
+        assert "affinity" not in found[name]["spec"]["template"]["spec"]
+    without = VARIANTS["without volumes"]()
+    assert not [one for one in without if one["kind"] == "PersistentVolumeClaim"]
+    (voting,) = [
+        one for one in without if one["kind"] == "Deployment" and one["metadata"]["name"] == "voting-v1"
+    ]
+    assert "emptyDir" in voting["spec"]["template"]["spec"]["volumes"][0]
 
 
 def test_an_autoscaler_is_left_in_peace() -> None:

@@ -105,6 +105,10 @@ class Service(_Strict):
         default_factory=dict, description="exact path -> methods, besides GET of healthz and metrics"
     )
     load: bool = Field(default=False, description="its instances make load and answer GET/PUT /load")
+    keeps: bool = Field(
+        default=False,
+        description="what its instances write to STATE_DIR must outlive them; on Kubernetes they share it",
+    )
     versions: dict[Name, Workload] = Field(min_length=1)
     found: Found | None = Field(default=None, description="of a service that is not declared")
 

@@ -22,12 +22,13 @@ _LOG_LINES = 4
 _GRACE_S = {
     "ErrImagePull": 20.0, "ImagePullBackOff": 20.0, "ErrImageNeverPull": 5.0, "InvalidImageName": 0.0,
     "CreateContainerConfigError": 15.0, "CreateContainerError": 15.0, "RunContainerError": 15.0,
-    "CrashLoopBackOff": 5.0, "Unschedulable": 30.0, "ReplicaFailure": 10.0,
+    "CrashLoopBackOff": 5.0, "Unschedulable": 30.0, "ReplicaFailure": 10.0, "VolumePending": 90.0,
 }  # fmt: skip
 _REMEDIES = {
     "ErrImagePull": "make the image available to the cluster: --registry pushes it where nodes can pull it",
     "CrashLoopBackOff": "the log lines above say why the program ends",
     "Unschedulable": "make room on the nodes, or ask for fewer copies with --replicas",
+    "VolumePending": "the cluster's default StorageClass makes no volume: `kubectl describe pvc` says why",
     "ReplicaFailure": "the cluster's admission rules or quotas refuse the pods",
 }
 
@@ -265,7 +266,8 @@ def pod_troubles(pod: Manifest) -> Iterator[Trouble]:
         return
     for condition in status.get("conditions", []):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            yield Trouble(name, condition.get("reason", "Unschedulable"), condition.get("message", ""))
+            reason, message = condition.get("reason", "Unschedulable"), condition.get("message", "")
+            yield Trouble(name, "VolumePending" if "PersistentVolumeClaim" in message else reason, message)
     for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
         state = container.get("state", {})
         about = f"{name} ({container['name']})"

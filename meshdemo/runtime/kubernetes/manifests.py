@@ -58,6 +58,7 @@ class Site:
     gateway_api: bool = False  # the cluster has the kinds of the Gateway API
     service_monitor: bool = False  # the cluster has the kind ServiceMonitor
     prometheus_rule: bool = False  # the cluster has the kind PrometheusRule
+    storage: bool = True  # the cluster has volumes for what must outlive a pod
     watch: str | None = None  # run `meshdemo watch` in the cluster, by this policy
 
 
@@ -121,7 +122,7 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
     for service in spec.app.services:
         if spec.versions(service):
             metrics = spec.app.services[service].metrics
-            about = _of_service(spec.app, service)
+            about = _of_service(spec.app, service) | {"storage": site.storage}
             found[service] = _render("service", spec.mesh, site, **about, metrics=metrics)
     for key in spec.workloads:
         found[key] = _workload(spec, site, key)
@@ -205,6 +206,7 @@ def _workload(spec: MeshSpec, site: Site, key: str) -> str:
         spec.mesh,
         site,
         **_of_service(spec.app, one.service),
+        storage=site.storage,
         version=one.version,
         replicas=None if name in site.scaled_by_others else one.instances,
         revision=one.current.revision,
@@ -223,7 +225,7 @@ def _workload(spec: MeshSpec, site: Site, key: str) -> str:
 
 def _of_service(app: App, name: str) -> dict[str, Any]:
     service = app.services[name]
-    return {"service": name, "port": service.port, "protocol": service.protocol}
+    return {"service": name, "port": service.port, "protocol": service.protocol, "keeps": service.keeps}
 
 
 def _probe(service: Service, *, ours: bool) -> str:

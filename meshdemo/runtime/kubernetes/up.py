@@ -380,9 +380,29 @@ class _Up:
             gateway_api=runtime.cluster.serves("HTTPRoute"),
             service_monitor=runtime.cluster.serves("ServiceMonitor"),
             prometheus_rule=runtime.cluster.serves("PrometheusRule"),
+            storage=self._storage,
             watch=DEFAULT_POLICY.read_text() if self._watches else None,
         )
         return manifests.objects(self._spec, site)
+
+    @cached_property
+    def _storage(self) -> bool:
+        """Does the cluster make volumes by itself? Where it did once, what they hold is not given up."""
+        runtime = self._runtime
+        labels = f"{names.MESH}={self._options.name}"
+        if runtime.cluster.find("PersistentVolumeClaim", runtime.namespace, labels=labels):
+            return True
+        try:
+            classes = runtime.cluster.find("StorageClass")
+        except ApiError as error:
+            if error.status != 403:
+                raise
+            classes = []
+        return any(
+            one["metadata"].get("annotations", {}).get("storageclass.kubernetes.io/is-default-class")
+            == "true"
+            for one in classes
+        )
 
     def _autoscaled(self) -> dict[str, str]:
         from meshdemo.runtime.kubernetes.runtime import autoscalers
@@ -407,6 +427,11 @@ class _Up:
         self._runtime.spec_map.store(self._spec)
         tell("services and rights")
         rest = [one for one in parts if one not in state and one["kind"] != "Namespace"]
+        keeping = [name for name, service in self._spec.app.services.items() if service.keeps]
+        if keeping and not self._storage:
+            self._runtime.notes.append(
+                f"the cluster has no default StorageClass: what {', '.join(keeping)} keeps goes with its pods"
+            )
         apply.apply(cluster, rest, timeout_s=self._left())
         for component in self._left_out if self._running else ():
             tell(f"without {component}")
