@@ -321,6 +321,20 @@ def test_ctrl_c_ends_with_130_and_says_nothing(monkeypatch: pytest.MonkeyPatch, 
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_ctrl_c_while_modules_load_says_nothing_either(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from meshdemo.__main__ import run\n"
+        "run()"
+    )
+    done = meshdemo("stat", home=tmp_path, code=code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_closed_pipe_is_no_error_worth_a_word(mesh: Mesh) -> None:
     done = subprocess.run(
         ["/bin/sh", "-c", f"{sys.executable} -m meshdemo tap | head -1"],

@@ -90,11 +90,13 @@ class Mesh:
         return _Client(self)
 
     def add_fault(self, **asked: Any) -> FaultResult:
-        self._ask("record starting" if asked["starting"] else "record")
+        self._ask("record starting" if asked.get("starting") else "record")
         asked["id"] = asked.pop("fault_id")
         state = MeshState(mesh="m", app=PAIR, instances=tuple(self.instances()))
         fault = new_fault({key: one for key, one in asked.items() if one is not None}, state, 0)
         self.intent = add_fault(self.intent, fault)
+        if "answer" in self.fails:  # it is done, and the command that asked for it hears nothing of it
+            raise self.fails.pop("answer")
         return FaultResult(fault, EFFECT)
 
     def list(self) -> list[Fault]:
@@ -176,6 +178,14 @@ def test_a_hang_that_fails_lets_the_process_go_on(mesh: Mesh, what: str, error: 
     with pytest.raises(type(error)):
         inject(mesh, hang=True)
     assert mesh.stopped == set()
+    assert mesh.intent.faults == ()
+
+
+@pytest.mark.parametrize("what", ["record", "answer"])
+def test_a_fault_in_the_sidecars_whose_command_is_interrupted_is_ended(mesh: Mesh, what: str) -> None:
+    mesh.fails[what] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        inject(mesh, err_rate=0.5, at="mesh")
     assert mesh.intent.faults == ()
 
 

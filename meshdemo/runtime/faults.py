@@ -219,11 +219,13 @@ def inject(runtime: Runtime, asked: FaultRequest, clock: Callable[[], float] = t
 
 
 def _inject_mesh(runtime: Runtime, asked: FaultRequest, target: Target) -> FaultOutcome:
-    fault, effect = runtime.control().add_fault(
-        at="mesh", service=target.service, version=asked.version, instance=asked.instance, route=asked.route,
-        caller=asked.caller, lat_ms=asked.lat_ms or 0, err_rate=asked.err_rate or 0, share=asked.share,
-        for_s=asked.for_s,
-    )  # fmt: skip
+    fault_id = _new_id()  # known before it is asked for, so that one of which no answer comes can be ended
+    with _undone(runtime, fault_id):
+        fault, effect = runtime.control().add_fault(
+            at="mesh", service=target.service, version=asked.version, instance=asked.instance,
+            route=asked.route, caller=asked.caller, lat_ms=asked.lat_ms or 0, err_rate=asked.err_rate or 0,
+            share=asked.share, for_s=asked.for_s, fault_id=fault_id,
+        )  # fmt: skip
     ids = tuple(one.id for one in target.instances)
     return FaultOutcome(fault, effect.effective_ms, effect.sidecars, ids)
 
@@ -332,7 +334,7 @@ def _inject_app(
 
 
 @contextmanager
-def _undone(runtime: Runtime, fault_id: str, undo: Callable[[], None]) -> Iterator[None]:
+def _undone(runtime: Runtime, fault_id: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
     """What raises in the block is raised again after the fault is undone, and then its record ended.
 
     A fault that cannot be undone stays on record, to be cleared later.
