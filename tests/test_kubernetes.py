@@ -33,7 +33,7 @@ from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION
 from meshdemo.names import MESH as MESH_LABEL
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import apply, lease, record, up
-from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime, autoscalers
+from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
 from meshdemo.runtime.kubernetes.specs import SpecMap
 from meshdemo.runtime.local.spec import wanted
 
@@ -1149,8 +1149,8 @@ def test_autoscalers_are_found_by_what_they_scale(server: ApiServer) -> None:
     server.answer(
         "get /apis/autoscaling/v2/namespaces/n/horizontalpodautoscalers", Refusal(403, "Forbidden", "no")
     )
-    assert autoscalers(server.cluster(), "n") == {"service-b-v1": "busy"}
-    assert autoscalers(server.cluster(), "n") == {}
+    assert apply.autoscalers(server.cluster(), "n") == {"service-b-v1": "busy"}
+    assert apply.autoscalers(server.cluster(), "n") == {}
 
 
 def test_an_event_is_left_on_what_it_is_about(server: ApiServer) -> None:

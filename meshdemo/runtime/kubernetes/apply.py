@@ -344,3 +344,15 @@ def is_ready(pod: Manifest) -> bool:
     conditions = pod.get("status", {}).get("conditions", [])
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
     return ready and "deletionTimestamp" not in pod["metadata"]
+
+
+def autoscalers(cluster: Cluster, namespace: str) -> dict[str, str]:
+    """Which Deployments have an autoscaler: Deployment -> HorizontalPodAutoscaler."""
+    try:
+        found = cluster.find("HorizontalPodAutoscaler", namespace)
+    except ApiError as error:
+        if error.status in {403, 404}:
+            return {}
+        raise
+    targets = ((one["spec"]["scaleTargetRef"], one["metadata"]["name"]) for one in found)
+    return {target["name"]: name for target, name in targets if target.get("kind") == "Deployment"}

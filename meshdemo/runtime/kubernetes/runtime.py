@@ -367,7 +367,7 @@ class KubernetesRuntime:
     def scale(self, service: str, version: str, instances: int, *, reason: str) -> None:
         """Change the number of instances; returns when all are ready, or gone."""
         name = deployment_of(self.spec_map.load().workload(service, version))
-        if owner := autoscalers(self.cluster, self.namespace).get(name):
+        if owner := apply.autoscalers(self.cluster, self.namespace).get(name):
             raise Failed(
                 f"the autoscaler {owner} decides how many instances of {service} {version} there are",
                 "change its bounds, or remove it",
@@ -549,18 +549,6 @@ class KubernetesRuntime:
         # Anew each time: another cluster may have taken the place of the one that was spoken to.
         secret = found.connect(patience_s=0).get("Secret", k8s.API, found.namespace)
         return None if secret is None else str(secret["metadata"]["uid"])
-
-
-def autoscalers(cluster: Cluster, namespace: str) -> dict[str, str]:
-    """Which Deployments have an autoscaler: Deployment -> HorizontalPodAutoscaler."""
-    try:
-        found = cluster.find("HorizontalPodAutoscaler", namespace)
-    except ApiError as error:
-        if error.status in {403, 404}:
-            return {}
-        raise
-    targets = ((one["spec"]["scaleTargetRef"], one["metadata"]["name"]) for one in found)
-    return {target["name"]: name for target, name in targets if target.get("kind") == "Deployment"}
 
 
 def _without(ids: Collection[str], reason: str) -> Callable[[specs.WorkloadSpec], specs.WorkloadSpec]:

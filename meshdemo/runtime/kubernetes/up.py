@@ -405,9 +405,7 @@ class _Up:
         )
 
     def _autoscaled(self) -> dict[str, str]:
-        from meshdemo.runtime.kubernetes.runtime import autoscalers
-
-        return autoscalers(self._runtime.cluster, self._runtime.namespace)
+        return apply.autoscalers(self._runtime.cluster, self._runtime.namespace)
 
     @cached_property
     def _spec(self) -> specs.MeshSpec:
