@@ -22,17 +22,17 @@ from typing import Any
 import waitress
 
 from meshdemo.apps.model import App
-from meshdemo.control import hand, load, metrics, objectives, page
+from meshdemo.control import goals, hand, load, metrics, objectives, page
 from meshdemo.control.api.app import create_app
 from meshdemo.control.api.mesh import Control
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
 from meshdemo.control.plane import Change, Sidecar
-from meshdemo.control.server import _default_goals as default_goals
 from meshdemo.control.session import Sessions
 from meshdemo.control.signals import Cell, Histogram
 from meshdemo.control.tap import Tap
 from meshdemo.control.telemetry import Export, Store
+from meshdemo.resources import DEFAULT_POLICY
 
 TOKEN = "token-of-a-test"  # noqa: S105
 
@@ -127,7 +127,9 @@ class Place:
             read_mesh=lambda: mesh,
         )
         ours = hand.Hand(by_hand)
-        self.broadcast = page.Broadcast(self.control, default_goals=default_goals(), by_hand=ours.there)
+        self.broadcast = page.Broadcast(
+            self.control, default_goals=goals.by_policy(DEFAULT_POLICY), by_hand=ours.there
+        )
         sessions = Sessions(TOKEN, mesh.mesh)
         app = create_app(
             self.control,

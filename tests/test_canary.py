@@ -14,7 +14,8 @@ from meshdemo.errors import BadInput
 from meshdemo.remediation.canary import Canary, Decision
 from meshdemo.remediation.canary_run import check_steps
 from meshdemo.remediation.choose import shares
-from meshdemo.remediation.policy import Policy, load
+from meshdemo.remediation.policy import Policy
+from meshdemo.remediation.policyfile import load
 from meshdemo.resources import DEFAULT_POLICY
 
 STEPS = (5, 25, 50, 100)

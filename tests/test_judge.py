@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshdemo.control.goals import Objective
 from meshdemo.control.signals import Cell, Histogram, Sample, bucket
 from meshdemo.remediation import stats
 from meshdemo.remediation.core import Core
 from meshdemo.remediation.judge import Budget, ObjectiveJudge, Window
-from meshdemo.remediation.policy import Objective, check, load
+from meshdemo.remediation.policyfile import check, load
 from meshdemo.resources import DEFAULT_POLICY
 
 # -- statistics -------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ import yaml
 from meshdemo.apps import loader
 from meshdemo.apps.model import App
 from meshdemo.control.model import WorkloadRevision
-from meshdemo.remediation import policy as policies
-from meshdemo.remediation import rules
+from meshdemo.remediation import policyfile, rules
 from meshdemo.resources import DEFAULT_POLICY
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import manifests
@@ -49,7 +48,7 @@ FOREIGN = App.model_validate(
     }
 )
 POLICY = DEFAULT_POLICY.read_text()
-RULES = rules.render(policies.load(DEFAULT_POLICY))
+RULES = rules.render(policyfile.load(DEFAULT_POLICY))
 DASHBOARDS = grafana.files("http://prometheus:9090/", "/etc/grafana/provisioning/dashboards")
 APPS = {"pair": loader.load("pair"), "emojivoto": loader.load("emojivoto")}
 

@@ -15,16 +15,18 @@ from typing import Any
 
 import pytest
 from flask import Flask, request
-from page_harness import TOKEN, Place, default_goals, made_up, place
+from page_harness import TOKEN, Place, made_up, place
 
 from meshdemo.apps.model import App
 from meshdemo.control import load, objectives, page
+from meshdemo.control.goals import Goal, by_policy
 from meshdemo.control.intent import add_fault, eject, new_fault, set_load, set_traffic
 from meshdemo.control.model import Instance, Intent, MeshState
 from meshdemo.control.session import KEY_HEADER, LIFETIME_S, Sessions
 from meshdemo.control.signals import Cell, Histogram, Sample
 from meshdemo.control.snapshot import snapshot
 from meshdemo.errors import BadInput, Failed
+from meshdemo.resources import DEFAULT_POLICY
 
 NOW = 1_000.0
 
@@ -508,7 +510,7 @@ def test_an_app_that_makes_no_load_says_so() -> None:
 # -- by which objectives ----------------------------------------------------------------------------------
 
 
-def _judged(goals: dict[str, list[objectives.Goal]], cell: Cell) -> tuple[str, str]:
+def _judged(goals: dict[str, list[Goal]], cell: Cell) -> tuple[str, str]:
     mesh = made_up(2, 2)
     made = snapshot(
         mesh, Intent(), [sample(mesh.instances[1], cell)], silent=lambda _: False, now=NOW, goals=goals
@@ -521,29 +523,27 @@ def _judged(goals: dict[str, list[objectives.Goal]], cell: Cell) -> tuple[str, s
 
 def test_figures_are_judged_by_the_objectives_of_their_service() -> None:
     slow = Histogram.of([310.0] * 6 + [20.0] * 94)
-    latency = [objectives.Goal(0.05, 300.0)]
+    latency = [Goal(0.05, 300.0)]
     assert _judged({"service-b": latency}, inbound(100, latency=slow)) == (
         "slow", "6 % take longer than 300 ms",
     )  # fmt: skip
     all_slow = Histogram.of([310.0] * 100)
     assert _judged({"service-b": latency}, inbound(100, latency=all_slow))[0] == "too_slow"
-    assert _judged({"service-b": [objectives.Goal(0.1, 300.0)]}, inbound(100, latency=slow)) == ("", "")
+    assert _judged({"service-b": [Goal(0.1, 300.0)]}, inbound(100, latency=slow)) == ("", "")
     assert (
         _judged({"service-b": latency}, inbound(100, 2))[0] == "degraded"
     )  # no service may fail as it likes
     assert _judged({}, inbound(100, 2))[0] == "degraded"
     assert _judged({}, inbound(100, 6))[0] == "failing"
-    assert _judged({"service-b": [objectives.Goal(0.25)]}, inbound(100, 20)) == ("", "")
-    assert _judged({"service-b": [objectives.Goal(0.25)]}, inbound(100, 70))[0] == "failing"
+    assert _judged({"service-b": [Goal(0.25)]}, inbound(100, 20)) == ("", "")
+    assert _judged({"service-b": [Goal(0.25)]}, inbound(100, 70))[0] == "failing"
 
 
 def test_without_a_watch_the_default_policy_says_what_is_healthy() -> None:
-    goals = default_goals()
+    goals = by_policy(DEFAULT_POLICY)
     from meshdemo.apps.loader import load as app_of
 
     emojivoto = goals(app_of("emojivoto"))
-    assert objectives.Goal(0.05, 300.0) in [
-        objectives.Goal(round(goal.allowed, 6), goal.below_ms) for goal in emojivoto["emoji"]
-    ]
+    assert Goal(0.05, 300.0) in [Goal(round(goal.allowed, 6), goal.below_ms) for goal in emojivoto["emoji"]]
     assert [round(goal.allowed, 6) for goal in emojivoto["web"] if goal.below_ms is None] == [0.25]
     assert [round(goal.allowed, 6) for goal in goals(app_of("pair"))["service-b"]] == [0.01, 0.05]

@@ -10,9 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshdemo.cli.main import run
+from meshdemo.control import goals
 from meshdemo.errors import BadInput
-from meshdemo.remediation import policy as policies
-from meshdemo.remediation.policy import REMEDIES, Checked, Policy, PolicyError, check, load
+from meshdemo.remediation import policyfile
+from meshdemo.remediation.policy import REMEDIES, Policy
+from meshdemo.remediation.policyfile import Checked, PolicyError, check, load
 from meshdemo.resources import DEFAULT_POLICY
 
 SOUND = """\
@@ -225,7 +227,7 @@ def test_a_policy_with_an_error_never_loads(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     with pytest.raises(BadInput, match="cannot read"):
-        policies.check_file(path)
+        policyfile.check_file(path)
     path.write_bytes(b"objectives:\n  - name: caf\xc3\xa9 \xff")
     with pytest.raises(PolicyError) as caught:
         load(path)
@@ -335,4 +337,4 @@ def test_watch_does_not_start_with_a_broken_policy(
 def test_durations_are_those_of_the_command_line(text: str, seconds: float) -> None:
     from meshdemo.cli import _values
 
-    assert policies._duration_s(text) == _values.duration_s(text, "--for") == pytest.approx(seconds)
+    assert goals.duration_s(text) == _values.duration_s(text, "--for") == pytest.approx(seconds)

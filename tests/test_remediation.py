@@ -14,7 +14,8 @@ from simmesh import Caller, Run, SimMesh
 from meshdemo.control.model import Fault
 from meshdemo.control.signals import Cell, Histogram, Sample, bucket
 from meshdemo.remediation.core import Core, Result
-from meshdemo.remediation.policy import Policy, check, load
+from meshdemo.remediation.policy import Policy
+from meshdemo.remediation.policyfile import check, load
 from meshdemo.resources import DEFAULT_POLICY
 
 POLICY = load(DEFAULT_POLICY)

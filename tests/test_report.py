@@ -14,7 +14,7 @@ from meshdemo.cli.report import _parts
 from meshdemo.remediation import report as reports
 from meshdemo.remediation.core import Core
 from meshdemo.remediation.page import render
-from meshdemo.remediation.policy import load
+from meshdemo.remediation.policyfile import load
 from meshdemo.resources import DEFAULT_POLICY
 
 

@@ -21,7 +21,8 @@ from meshdemo.control.metrics import Totals
 from meshdemo.control.signals import BOUNDS_MS, Cell, Histogram, Sample
 from meshdemo.remediation import rules
 from meshdemo.remediation.judge import bad_of
-from meshdemo.remediation.policy import Policy, load
+from meshdemo.remediation.policy import Policy
+from meshdemo.remediation.policyfile import load
 from meshdemo.resources import DEFAULT_POLICY
 
 

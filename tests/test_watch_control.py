@@ -18,7 +18,8 @@ from meshdemo.remediation.board import Board
 from meshdemo.remediation.controller import Settings, Watch
 from meshdemo.remediation.events import Event
 from meshdemo.remediation.notify import Notifier
-from meshdemo.remediation.policy import Policy, Webhook, check
+from meshdemo.remediation.policy import Policy, Webhook
+from meshdemo.remediation.policyfile import check
 
 TEXT = """\
 objectives: [{name: success, success: 99%}]

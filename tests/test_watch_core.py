@@ -38,8 +38,8 @@ from meshdemo.remediation.policy import (
     Scale,
     ShiftAway,
     Webhook,
-    load,
 )
+from meshdemo.remediation.policyfile import load
 from meshdemo.remediation.recording import Look, Recorder
 from meshdemo.remediation.remedies import Remedies
 from meshdemo.remediation.situation import Seen, Situation

@@ -27,7 +27,7 @@ def command(
     ] = None,
 ) -> None:
     """Shift traffic step by step while the objectives hold, and back to 0 when they do not."""
-    from meshdemo.remediation import policy as policies
+    from meshdemo.remediation import policyfile
     from meshdemo.remediation.canary_run import CanaryRun
     from meshdemo.resources import DEFAULT_POLICY
 
@@ -36,7 +36,7 @@ def command(
     hold_s = _values.duration_s(hold, "--hold")
     run = CanaryRun(
         context.runtime,
-        policies.load(policy or DEFAULT_POLICY).of_app(context.runtime.app().name),
+        policyfile.load(policy or DEFAULT_POLICY).of_app(context.runtime.app().name),
         service,
         to,
         steps=weights,

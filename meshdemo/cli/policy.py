@@ -21,10 +21,10 @@ def check(
     ctx: typer.Context, file: Annotated[Path, typer.Argument(metavar="FILE", help="The policy.")]
 ) -> None:
     """Is the policy sound? Every problem with its line and column."""
-    from meshdemo.remediation import policy as policies
+    from meshdemo.remediation import policyfile
 
     context = _context.of(ctx)
-    checked = policies.check_file(file)
+    checked = policyfile.check_file(file)
     if context.as_json:
         context.emit(
             {
@@ -38,7 +38,7 @@ def check(
             raise typer.Exit(2)
         return
     if checked.policy is None:
-        raise policies.PolicyError(str(file), checked.problems)
+        raise policyfile.PolicyError(str(file), checked.problems)
     policy = checked.policy
     for warning in sorted([*checked.unset, *checked.remarks]):
         context.stderr.print(f"Warning: {file}:{warning}", markup=False, soft_wrap=True)
@@ -62,13 +62,12 @@ def test(
     ] = None,
 ) -> None:
     """What the policy would do on recorded signals, were each remedy carried out at once."""
-    from meshdemo.remediation import policy as policies
-    from meshdemo.remediation import policytest, recording
+    from meshdemo.remediation import policyfile, policytest, recording
     from meshdemo.remediation.view import LogLine
     from meshdemo.ui.live import event_line
 
     context = _context.of(ctx)
-    policy = policies.load(file)
+    policy = policyfile.load(file)
     if app is not None:
         policy = policy.of_app(app)
     events = list(policytest.decisions(policy, recording.read(signals)))

@@ -96,14 +96,13 @@ def prometheus(
 
     The configuration is that of the runtime on which the mesh runs; --service is about the rules.
     """
-    from meshdemo.remediation import policy as policies
-    from meshdemo.remediation import rules
+    from meshdemo.remediation import policyfile, rules
     from meshdemo.resources import DEFAULT_POLICY
     from meshdemo.runtime.local.prometheus import RULES
 
     context = _context.of(ctx)
     definition = _definition(context, app, service)
-    objectives = policies.load(policy or DEFAULT_POLICY).of_app(definition.name)
+    objectives = policyfile.load(policy or DEFAULT_POLICY).of_app(definition.name)
     if service is not None:
         objectives = objectives.of_service(service)
     _give(

@@ -199,10 +199,10 @@ def observed(app: App) -> dict[str, Any]:
 
 def _rules(app: App) -> str:
     """The default policy's objectives for an app as Prometheus rules."""
-    from meshdemo.remediation import policy, rules
+    from meshdemo.remediation import policyfile, rules
     from meshdemo.resources import DEFAULT_POLICY
 
-    return rules.render(policy.load(DEFAULT_POLICY).of_app(app.name))
+    return rules.render(policyfile.load(DEFAULT_POLICY).of_app(app.name))
 
 
 def _app(reference: str | None, where: Runtime) -> tuple[App, Path]:

@@ -45,7 +45,7 @@ def command(
     ] = None,
 ) -> None:
     """Judge, localise and heal by policy, until Ctrl-C."""
-    from meshdemo.remediation import policy as policies
+    from meshdemo.remediation import policyfile
     from meshdemo.remediation.controller import Settings, Watch
     from meshdemo.resources import DEFAULT_POLICY
     from meshdemo.ui import tables
@@ -53,7 +53,7 @@ def command(
     context = _context.of(ctx)
     path = policy or DEFAULT_POLICY
     # A variable that is not set is complained about before anything starts.
-    rules = policies.load(path, to_notify=True)
+    rules = policyfile.load(path, to_notify=True)
     rules.webhooks()
     settings = Settings(
         policy=rules.of_app(context.runtime.app().name),

@@ -2,21 +2,20 @@
 
 A watch that runs says every few seconds how each objective of each service stands; what nobody has confirmed
 for a while is forgotten, rather than shown as if it still held. The page judges single figures by the same
-objectives (`Goal`), and by those of the default policy while no watch runs.
+objectives (goals.py), and by those of the default policy while no watch runs.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 
 from flask import Blueprint, Response, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from meshdemo.control.signals import Histogram, Signal
+from meshdemo.control.goals import Goal
 from meshdemo.errors import BadInput
 
 FORGOTTEN_AFTER_S = 15.0
@@ -37,52 +36,6 @@ class Standing(BaseModel):
     kind: Literal["success", "latency", "in_service"] = "success"
     below_ms: float | None = Field(default=None, gt=0, description="of one about latency")
     effective: bool = Field(default=False, description="about what callers got after retries")
-
-
-Wrong = Literal["", "degraded", "failing", "slow", "too_slow"]
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What an objective asks of requests: at most so large a share fails, or takes longer than `below_ms`."""
-
-    allowed: float  # 0..1
-    below_ms: float | None = None
-    effective: bool = False
-
-    def verdict(self, requests: int, failures: int, latency: Histogram) -> Wrong:
-        """How far these few seconds miss it; empty if they do not. A glance, where watch has statistics."""
-        bad = failures if self.below_ms is None else latency.above(self.below_ms)
-        if not requests or bad <= self.allowed * requests:
-            return ""
-        if self.below_ms is not None and bad < _SLOW_AT_LEAST:
-            return ""
-        # Plainly, where five times as much is bad as may be (or half of what is left, where that is less).
-        plainly = bad > requests * min(_PLAINLY * self.allowed, (1 + self.allowed) / 2)
-        if self.below_ms is None:
-            return "failing" if plainly else "degraded"
-        return "too_slow" if plainly else "slow"
-
-
-_PLAINLY = 5
-_SLOW_AT_LEAST = 2  # one request of a few may be slow without meaning anything
-_WORST_FIRST: tuple[Wrong, ...] = ("failing", "too_slow", "degraded", "slow", "")
-ANY_SERVICE = Goal(0.01)  # of a service that no objective about success speaks of
-Goals = Mapping[str, Sequence[Goal]]  # by service
-
-
-def verdict(goals: Sequence[Goal], signal: Signal) -> Wrong:
-    """The worst of what a signal is by the objectives of its service."""
-    about_success = any(goal.below_ms is None for goal in goals)
-    found = []
-    for goal in goals if about_success else (ANY_SERVICE, *goals):
-        requests, failures = signal.requests, signal.failures
-        if goal.effective:
-            if goal.below_ms is not None or signal.effective_requests is None:
-                continue  # known of the service as a whole, and of its success
-            requests, failures = signal.effective_requests, signal.effective_failures or 0
-        found.append(goal.verdict(requests, failures, signal.latency))
-    return min(found, key=_WORST_FIRST.index, default="")
 
 
 class _Body(BaseModel):

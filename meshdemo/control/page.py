@@ -27,7 +27,7 @@ from meshdemo.apps.model import App
 from meshdemo.control import aggregate
 from meshdemo.control.api.mesh import Control
 from meshdemo.control.api.request import control, open_to_all
-from meshdemo.control.objectives import Goals
+from meshdemo.control.goals import Goals
 from meshdemo.control.session import SECURITY_HEADERS, Sessions
 from meshdemo.control.snapshot import POINT, WINDOW_S, by_service, point, snapshot
 from meshdemo.control.telemetry import KEPT_S

@@ -18,14 +18,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from pydantic import ValidationError
 
-from meshdemo.control import hand, load, metrics, objectives, page, telemetry
+from meshdemo.control import goals, hand, load, metrics, objectives, page, telemetry
 from meshdemo.control.api.app import create_app
 from meshdemo.control.api.mesh import Control
 from meshdemo.control.identity import Authenticator
@@ -37,12 +36,10 @@ from meshdemo.control.session import Sessions
 from meshdemo.control.tap import Tap
 from meshdemo.errors import Failed, MeshdemoError, Missing
 from meshdemo.files import write_atomic
+from meshdemo.resources import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from flask import Flask
-
-    from meshdemo.apps.model import App
-    from meshdemo.control.objectives import Goals
 
 log = logging.getLogger(__name__)
 
@@ -212,22 +209,6 @@ async def _beat(store: telemetry.Store) -> None:
         await asyncio.sleep(_BEAT_S)
 
 
-def _default_goals() -> Callable[[App], Goals]:
-    """What the policy that comes along asks for; read when somebody opens the page, for it takes a moment."""
-
-    @cache
-    def judge() -> Callable[[App], Goals]:
-        from meshdemo.remediation import goals, policy
-        from meshdemo.resources import DEFAULT_POLICY
-
-        return goals.of(policy.load(DEFAULT_POLICY))
-
-    def of_app(app: App) -> Goals:
-        return judge()(app)
-
-    return of_app
-
-
 def _serve_http(place: Place, control: Control) -> None:
     """Serve the API from a thread that ends with the process."""
     import waitress
@@ -240,7 +221,7 @@ def _serve_http(place: Place, control: Control) -> None:
     token = api_token(place.control / "api-token")
     sessions = Sessions(token, control.mesh.mesh)
     ours = hand.Hand(place.hand)
-    broadcast = page.Broadcast(control, default_goals=_default_goals(), by_hand=ours.there)
+    broadcast = page.Broadcast(control, default_goals=goals.by_policy(DEFAULT_POLICY), by_hand=ours.there)
     keeper = load.LoadKeeper(control)
     broadcast.start()
     keeper.start()

@@ -14,8 +14,8 @@ from typing import Any
 
 from meshdemo.apps.model import Service
 from meshdemo.control import aggregate
+from meshdemo.control.goals import Goals, verdict
 from meshdemo.control.model import Fault, Intent, MeshState
-from meshdemo.control.objectives import Goals, verdict
 from meshdemo.control.render.split import effective_split
 from meshdemo.control.signals import Sample, Signal
 

@@ -6,13 +6,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from meshdemo.control.goals import Objective
 from meshdemo.control.model import Fault
 from meshdemo.control.signals import Histogram, Sample, merge
 from meshdemo.remediation.core import Core
 from meshdemo.remediation.events import Event
 from meshdemo.remediation.incident import Incident
 from meshdemo.remediation.judge import ObjectiveJudge
-from meshdemo.remediation.policy import Objective
 from meshdemo.remediation.situation import Seen
 from meshdemo.remediation.view import (
     Health,

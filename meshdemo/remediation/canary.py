@@ -14,10 +14,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from meshdemo.control.goals import Objective
 from meshdemo.control.signals import Sample
 from meshdemo.remediation import stats
 from meshdemo.remediation.judge import Measure, measure_of
-from meshdemo.remediation.policy import Objective
 
 # A canary is looked at for a minute, not for a day, and few requests reach it: with this, one bad request in
 # five is seen after four of them, and of a thousand canaries at half their allowed share none is sent back.

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from meshdemo.control.goals import Objective
 from meshdemo.control.signals import Sample
 from meshdemo.remediation import stats
 from meshdemo.remediation.judge import SHORT_S, ObjectiveJudge, Verdict
 from meshdemo.remediation.localise import Part
-from meshdemo.remediation.policy import Objective
 from meshdemo.remediation.situation import Seen
 
 _LATEST_S = 30.0

@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from meshdemo.control.goals import Objective
 from meshdemo.control.signals import Cell, Sample, slow_from
 from meshdemo.remediation import stats
-from meshdemo.remediation.policy import Objective
 
 # Looks a day: one per export and window for each instance and the service, about 1e6 in a small mesh. One
 # in a billion each keeps even a service that runs at exactly its allowed share quiet for years.

@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from meshdemo.control.goals import Objective
 from meshdemo.control.signals import Sample
 from meshdemo.remediation.incident import Incident
 from meshdemo.remediation.judge import ALPHA, Measure, ObjectiveJudge, Verdict
-from meshdemo.remediation.policy import Objective, Policy
+from meshdemo.remediation.policy import Policy
 from meshdemo.remediation.situation import Seen, Situation
 
 _RECENT_S = 30.0  # exports kept to localise with

@@ -25,9 +25,10 @@ from functools import partial
 
 import jinja2
 
+from meshdemo.control.goals import Objective
 from meshdemo.control.metrics import le_of
 from meshdemo.control.signals import effective_bound_ms
-from meshdemo.remediation.policy import Objective, Policy
+from meshdemo.remediation.policy import Policy
 from meshdemo.resources import TEMPLATES
 
 # Burn rate, share of the budget that it may spend before it is told, and what becomes of the alert.
