@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ class Place:
         self.store.track([instance.id for instance in mesh.instances])
         self.journal = Journal(folder / "events.jsonl")
         self.sick: dict[str, float] = {}  # instance -> share of its requests that fail
+        self.refused: dict[str, int] = {}  # service -> requests that callers' breakers refuse in a second
         self.slow_ms: dict[str, float] = {}  # instance -> what its requests take besides
         self.strangers: tuple[str, ...] = ()  # callers of the front service that are no services
         self.silent: set[str] = set()
@@ -194,7 +196,11 @@ class Place:
             identity = caller and f"spiffe://mesh-demo/ns/default/sa/{caller}"
             cells.append(self._cell(True, caller, requests, failures, identity, slow_ms))
         for callee in services[instance.service].calls:
-            cells.append(self._cell(False, callee, requests, 0, f"spiffe://mesh-demo/ns/default/sa/{callee}"))
+            out = self._cell(False, callee, requests, 0, f"spiffe://mesh-demo/ns/default/sa/{callee}")
+            if not_sent := self.refused.get(callee, 0) // copies:  # in outbound cells a failure, too
+                more = out.requests + not_sent
+                out = replace(out, requests=more, failures=out.failures + not_sent, refused=not_sent)
+            cells.append(out)
         return tuple(cells)
 
     def _cell(

@@ -121,6 +121,27 @@ def test_what_is_slow_is_not_green(pair: Place, opened: Any) -> None:
         pair.slow_ms = {}
 
 
+def test_what_a_breaker_refuses_is_told_apart_from_errors(pair: Place, opened: Any) -> None:
+    page = opened(pair.link)
+    pair.refused = {"service-b": 60}
+    try:
+        expect(page.locator("#summary")).to_contain_text("⊘ service-b refuses")
+        expect(page.locator("#summary")).to_have_class("warn")
+        expect(card(page, "service-b")).to_contain_text("refused by a breaker")
+        expect(card(page, "service-b")).to_contain_text("healthy")  # what it was asked it answered well
+        expect(page.locator(".edge")).to_contain_text("⊘")
+        expect(page.locator(".edge")).to_contain_text("/s refused")
+        expect(page.locator(".edge")).to_have_class("edge warn")
+        expect(page.locator("#now-refused")).to_contain_text("/s")
+        expect(page.locator("#now-effective")).to_contain_text("!")
+        expect(card(page, "service-a")).not_to_contain_text("100 %")  # its requests do not all succeed
+        page.get_by_role("tab", name="Edges").click()
+        expect(page.locator("#edges")).to_contain_text("⊘")
+    finally:
+        pair.refused = {}
+    expect(page.locator(".edge")).to_have_class("edge ok")
+
+
 def test_callers_that_are_no_services_are_drawn(pair: Place, opened: Any) -> None:
     page = opened(pair.link)
     pair.strangers = ("", "gateway")
@@ -163,8 +184,10 @@ def test_changes_stand_in_the_time_line(pair: Place, opened: Any) -> None:
     where = {"service": "service-b", "time": page.evaluate("Date.now() / 1000") - 60}
     pair.journal.append({"event": "traffic", "changes": {"split": {"v1": 90, "v2": 10}}, **where})
     pair.journal.append({"event": "canary", "what": "back", "text": "back to v1: 12 % failed", **where})
-    expect(page.locator(".mark.change")).to_have_count(2)
-    expect(page.locator("#history")).to_contain_text("traffic: split v1=90,v2=10")
+    pair.journal.append({"event": "traffic", "changes": {"split": None, "retries": None}, **where})
+    expect(page.locator(".mark.change")).to_have_count(2)  # the canary tells of its shift itself
+    page.get_by_role("tab", name="Incidents").click()
+    expect(page.locator("#incidents")).to_contain_text("back to the defaults")
     expect(page.locator("#history")).to_contain_text("canary: back to v1: 12 % failed")
 
 
@@ -542,6 +565,7 @@ def test_a_fault_by_button_on_a_real_mesh(opened: Any, tmp_path_factory: pytest.
         page.get_by_role("button", name="Start tapping").click()
         expect(page.locator("#tap")).to_contain_text("GET /work")
         expect(page.locator("#tap")).to_contain_text("✗ 500")
+        expect(page.locator("#tap")).to_contain_text("fault: error")
         page.get_by_role("button", name="Stop tapping").click()
         page.get_by_role("button", name="Clear 1 fault").click()
         page.locator("#clear-dialog").get_by_role("button", name="Clear").click()

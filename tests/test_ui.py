@@ -25,6 +25,7 @@ from meshdemo.remediation.view import (
 )
 from meshdemo.ui import format as fmt
 from meshdemo.ui import live, tables
+from meshdemo.ui.top import Top
 
 NOW = 1_700_000_000.0
 
@@ -358,7 +359,29 @@ def test_tap_line() -> None:
         "grpc_status": None, "flags": "UF", "latency_ms": 1.25, "secured": True,
     }  # fmt: skip
     shown = tables.tap_line(request).plain
-    assert "service-a → service-b-v1-1  GET /work  503  1.2ms  UF" in shown
+    assert "service-a → service-b-v1-1  GET /work  503  1.2ms  UF (no connection)" in shown
+
+
+def test_top_tells_what_was_never_sent_apart() -> None:
+    def request(**fields: Any) -> Any:
+        return {
+            "time": NOW, "caller": "service-a", "service": "service-b", "method": "GET", "route": "work",
+            "path": "/work?x=1", "status": 200, "grpc_status": None, "flags": "", "latency_ms": 2.0,
+            "at": "service", **fields,
+        }  # fmt: skip
+
+    top = Top()
+    top.add(request(status=503, flags="UO", at="caller"))
+    (row,) = top.rows()
+    assert (row["requests"], row["not_sent"], row["success_rate"], row["best_ms"]) == (0, 1, None, None)
+    assert "NOT SENT" in printed(top.table())
+    top.add(request())
+    top.add(request(status=504, flags="UT", at="caller"))  # the service has told of it itself
+    (row,) = top.rows()
+    assert (row["requests"], row["not_sent"], row["success_rate"], row["best_ms"]) == (1, 1, 1.0, 2.0)
+    quiet = Top()
+    quiet.add(request())
+    assert "NOT SENT" not in printed(quiet.table())
 
 
 def test_fault_words() -> None:

@@ -73,7 +73,7 @@ def _live(context: _context.Context, top: Top, batches: Iterator[list[TapEvent]]
 
 def _count(top: Top, batch: list[TapEvent]) -> None:
     for request in batch:
-        if not request["mirrored"] and request["at"] == "service":
+        if not request["mirrored"]:
             top.add(request)
 
 

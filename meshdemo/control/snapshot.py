@@ -176,9 +176,15 @@ def _edges(mesh: MeshState, samples: Sequence[Sample], now: float, goals: Goals)
             "requests": edge["requests"],
             "denied": edge["denied"],
         }
-        signal = callers.get((edge["caller"], edge["service"]))
-        if signal is not None and (wrong := verdict(goals.get(signal.service, ()), signal)):
-            rows[edge["caller"], edge["service"]]["wrong"] = wrong
+    for at, signal in callers.items():
+        if at not in rows:
+            continue
+        row = rows[at]
+        if wrong := verdict(goals.get(signal.service, ()), signal):
+            row["wrong"] = wrong
+        row["effective_success_rate"] = _share(signal.effective_success_rate)
+        if signal.refused and signal.end > signal.start:
+            row["refused"] = _rate(signal.refused / (signal.end - signal.start))
     return list(rows.values())
 
 

@@ -106,6 +106,15 @@ def failed(request: TapEvent) -> bool:
     return request["status"] >= 500 or request["status"] == 0 or bool(request["grpc_status"])
 
 
+# Why Envoy answered a request by itself, or what it did to it; as in web/words.js.
+_FLAG_WORDS = {
+    "UO": "refused by a breaker", "UH": "no healthy instance", "UF": "no connection",
+    "UC": "connection broke", "UR": "reset by the service", "URX": "retries used up", "UT": "timed out",
+    "UMSDR": "timed out", "DT": "timed out", "DC": "caller gave up", "DR": "caller gave up",
+    "FI": "fault: error", "DI": "fault: delay", "NR": "no route", "NC": "no such version", "UAEX": "denied",
+}  # fmt: skip
+
+
 def tap_line(request: TapEvent) -> Text:
     """`tap`: one request on one line."""
     status = str(request["status"])
@@ -117,7 +126,9 @@ def tap_line(request: TapEvent) -> Text:
     line.append(status, "red" if failed(request) else "green")
     line.append(f"  {fmt.latency(request['latency_ms'])}")
     if request["flags"] not in {"", "-"}:
-        line.append(f"  {request['flags']}", "yellow")
+        flags = request["flags"].split(",")
+        words = ", ".join(_FLAG_WORDS[flag] for flag in flags if flag in _FLAG_WORDS)
+        line.append(f"  {request['flags']}{f' ({words})' if words else ''}", "yellow")
     return line
 
 

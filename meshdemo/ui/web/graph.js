@@ -1,7 +1,7 @@
 // The topology: services as cards, callers left of what they call (on a narrow screen: above); in a card its
 // versions, in a version its instances. Elements are kept by key and only written where their figures changed.
 
-import { clock, faultEffect, ms, percent, plural, rate, setAttribute, setText, state, svg, withMs } from "./words.js";
+import { clock, faultEffect, ms, percent, plural, rate, setAttribute, setText, state, STATES, svg, withMs } from "./words.js";
 
 const MARGIN = 14, GAP_Y = 22, PADDING = 12;
 const CARD = 248, LABEL = 178, BEND = 50; // side by side: a card, the label of an edge before it, its curve
@@ -86,11 +86,12 @@ function notes(service, faults) {
 
 // What becomes of a caller's requests, over all that it calls: the slowest says the p99.
 function outcome(edges) {
-  const used = edges.filter((edge) => edge.requests > 0), requests = used.reduce((sum, edge) => sum + edge.requests, 0);
+  const used = edges.filter((edge) => edge.rps + (edge.refused ?? 0) > 0), made = (edge) => edge.rps + (edge.refused ?? 0);
+  const rps = used.reduce((sum, edge) => sum + made(edge), 0);
   return {
-    rps: used.reduce((sum, edge) => sum + edge.rps, 0),
-    success_rate: requests ? used.reduce((sum, edge) => sum + (edge.success_rate ?? 1) * edge.requests, 0) / requests : null,
-    p99_ms: requests ? Math.max(...used.map((edge) => edge.p99_ms ?? 0)) : null,
+    rps,
+    success_rate: rps ? used.reduce((sum, edge) => sum + (edge.effective_success_rate ?? edge.success_rate ?? 1) * made(edge), 0) / rps : null,
+    p99_ms: rps ? Math.max(...used.map((edge) => edge.p99_ms ?? 0)) : null,
   };
 }
 
@@ -332,11 +333,12 @@ export class Graph {
   fillEdge(edge, narrow) {
     const part = this.parts.get(`edge/${edge.caller}/${edge.service}`);
     if (!part) return;
-    const now = state(edge), called = edge.requests > 0 || edge.denied > 0;
+    const called = edge.requests > 0 || edge.denied > 0 || edge.refused > 0;
+    const now = edge.refused && state(edge).class === "ok" ? STATES.refused : state(edge);
     setAttribute(part.group, "class", `edge ${now.class}`);
     setAttribute(part.lock, "d", edge.secured ? LOCKED : UNLOCKED);
     setAttribute(part.lock, "class", !called ? "lock none" : edge.secured ? "lock" : "lock open");
-    const text = edge.denied > 0 && !edge.requests ? `${now.symbol} denied` : !called ? "no requests" : `${now.symbol} ${rate(edge.rps)}/s · p99 ${withMs(edge.p99_ms)}`;
+    const text = edge.denied > 0 && !edge.requests ? `${now.symbol} denied` : !called ? "no requests" : edge.refused ? `${now.symbol} ${rate(edge.rps)}/s · ${rate(edge.refused)}/s refused` : `${now.symbol} ${rate(edge.rps)}/s · p99 ${withMs(edge.p99_ms)}`;
     setText(part.label, narrow ? `from ${edge.caller}: ${text}` : text);
     part.group.edge = edge;
   }

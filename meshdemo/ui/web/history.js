@@ -176,12 +176,15 @@ export class History {
       if (mark.kind === "fault" || mark.kind === "violated") bands.push(svg("rect", { class: `band ${mark.class}`, x: x1, y: this.lanesTop, width: x2 - x1, height: this.bottom - this.lanesTop }));
       else bands.push(svg("path", { class: "moment", d: `M${x1} ${y + LANE}V${this.bottom}` }));
       // The words stand in the bar, or behind it, or (at the right end) before it.
-      const needs = text.length * 6.9 + 8, right = this.width - RIGHT;
-      const room = x2 - x1 >= needs ? x1 + 4 : x2 + 4 + needs <= Math.min(right, following[index]) ? x2 + 4 : x1 - needs;
-      const shown = room > ends[lane] && room > LEFT;
-      const symbolAt = Math.max(x1 - 1, ends[lane]);
-      happened.push(svg("text", { class: `said ${mark.class}`, x: shown ? room : Math.min(x2 + 3, right - 12), y: y + 14 }, shown ? text : symbolAt < x2 + 3 ? mark.symbol : ""));
-      ends[lane] = Math.max(x2, shown ? room + needs : x2 + 14);
+      // Where there is no room for them, a bar has as many as it holds, and a moment its symbol.
+      const needs = text.length * 7.1 + 8, right = this.width - RIGHT, inside = x2 - x1 >= needs;
+      const before = !inside && x2 + 4 + needs > Math.min(right, following[index]);
+      const room = inside ? x1 + 4 : before ? x1 - needs : x2 + 4;
+      const shown = room > ends[lane] && room > LEFT, holds = Math.floor((x2 - x1 - 8) / 7.1);
+      const said = shown ? text : holds >= 6 ? `${text.slice(0, holds - 1)}…` : Math.max(x1 - 1, ends[lane]) < x2 + 3 ? mark.symbol : "";
+      const at = shown ? (before ? x1 - 4 : room) : holds >= 6 ? x1 + 4 : Math.min(x2 + 3, right - 12);
+      happened.push(svg("text", { class: `said ${mark.class}`, x: at, y: y + 14, "text-anchor": shown && before ? "end" : "start" }, said));
+      ends[lane] = Math.max(x2, shown && !before ? room + needs : holds >= 6 ? x2 : x2 + 14);
     }
     this.bands.replaceChildren(...bands);
     this.happened.replaceChildren(...happened);
@@ -205,7 +208,7 @@ export class History {
 }
 
 // How wide an entry of a legend is, about.
-const wide = (title) => 30 + title.length * 6.6;
+const wide = (title) => 36 + title.length * 6.8;
 
 // The next of 1, 2, 4 times a power of ten, so that the axis does not jump with every point.
 function nice(value) {

@@ -29,7 +29,7 @@ const routes = new Table(by("routes"), (r) => r.route, [
 const edges = new Table(by("edges"), (e) => `${e.caller}>${e.service}`, [
   (e) => e.caller || "(unknown)", (e) => e.service,
   (e) => !(e.requests || e.denied) ? "–" : e.secured ? { text: "✓ mutual TLS", class: "ok" } : { text: "✗ plain text", class: "bad" },
-  (e) => number(rate(e.rps)), success, (e) => number(e.denied ? String(e.denied) : "–"), (e) => `${e.identity || "–"} → ${e.service_identity || "–"}`,
+  (e) => number(rate(e.rps)), success, (e) => number(e.denied ? String(e.denied) : "–"), (e) => (e.refused ? { text: `⊘ ${rate(e.refused)}/s`, class: "n warn" } : number("–")), (e) => `${e.identity || "–"} → ${e.service_identity || "–"}`,
 ], "Nobody calls anybody.");
 const incidents = new Table(by("incidents"), (e) => String(e.seq), [
   (e) => clock(e.time), eventName, (e) => e.target || e.instance || e.service || "", (e) => ({ text: eventText(e), class: "wide" }),
@@ -72,7 +72,10 @@ function marks(name) {
         if (violation) violation.text += event.event === "gave_up" ? " → ✗ gave up" : ` → ✓ healed${event.recover_s === undefined ? "" : ` after ${event.recover_s.toFixed(1)} s`}`;
         break;
       }
-      case "traffic": case "access": case "canary":
+      case "canary": // it tells of its shifts of traffic itself
+        if (out.at(-1)?.word === "traffic" && event.time - out.at(-1).start < 1) out.pop();
+      // falls through
+      case "traffic": case "access":
         out.push({ ...bar, kind: "change", class: "change", symbol: "⇄", word: event.event, text: changeText(event) });
         break;
       case "acted":
@@ -114,19 +117,20 @@ function summary() {
   const unwell = snapshot.services.filter(isUnwell), silent = snapshot.services.filter((service) => state(service).word === "silent");
   const parts = [];
   if (unwell.length) parts.push(`${unwell.some((service) => state(service).class === "bad") ? "✗" : "!"} ${unwell.slice(0, 4).map((service) => `${service.name} ${state(service).word}: ${state(service).word === "hung" ? "no answers" : isSlow(service) ? service.why : `${percent(service.success_rate)} success`}`).join("; ")}${unwell.length > 4 ? `; ${unwell.length - 4} more` : ""}`);
+  for (const service of snapshot.services) if (service.refused) parts.push(`⊘ ${service.name} refuses ${rate(service.refused)}/s, by a breaker`);
   if (silent.length) parts.push(`? ${plural(silent.length, "service")} silent`);
   if (!parts.length) parts.push("✓ All services answer well");
   if (snapshot.faults.length) parts.push(`⚡ ${plural(snapshot.faults.length, "fault")} in force`);
   setText(by("summary"), parts.join("  ·  "));
   setAttribute(by("summary"), "title", parts.join("\n"));
-  setAttribute(by("summary"), "class", unwell.some((service) => state(service).class === "bad") ? "bad" : unwell.length || silent.length ? "warn" : "ok");
+  setAttribute(by("summary"), "class", unwell.some((service) => state(service).class === "bad") ? "bad" : unwell.length || silent.length || snapshot.services.some((service) => service.refused) ? "warn" : "ok");
 }
 
 function figures() {
   const service = snapshot.services.find((one) => one.name === chosen), now = state(service);
   const tiles = {
     rps: [rate(service.rps), ""], success: [percent(service.success_rate), isSlow(service) ? "ok" : now.class],
-    effective: [percent(service.effective_success_rate), ""], p50: [withMs(service.p50_ms), ""],
+    effective: service.effective_success_rate < service.success_rate - 0.01 ? [`! ${percent(service.effective_success_rate)}`, "warn"] : [percent(service.effective_success_rate), ""], p50: [withMs(service.p50_ms), ""],
     p95: [withMs(service.p95_ms), isSlow(service) ? now.class : ""], p99: [withMs(service.p99_ms), ""],
     ejected: ejected(service),
     refused: [service.refused || service.denied ? `${rate((service.refused ?? 0) + (service.denied ?? 0))}/s` : "none", service.refused || service.denied ? "warn" : ""],

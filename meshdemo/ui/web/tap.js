@@ -2,7 +2,7 @@
 
 import { pieces } from "./session.js";
 import { Table } from "./tables.js";
-import { clock, ms, setText } from "./words.js";
+import { clock, flagWords, ms, setText } from "./words.js";
 
 const ROWS = 100, PER_S = 50;
 const FILTERS = ["caller", "route", "instance"];
@@ -17,7 +17,7 @@ export class Tap {
     this.count = 0;
     this.table = new Table(by("tap"), (e) => e.key, [
       (e) => clock(e.time), (e) => e.caller || "(unknown)", (e) => e.instance || e.service, (e) => e.route || "–", (e) => ({ text: `${e.method} ${e.path}`, class: "path" }),
-      (e) => ({ text: `${e.failed ? "✗" : "✓"} ${e.status}${e.grpc_status ? ` grpc ${e.grpc_status}` : ""}${e.flags ? ` ${e.flags}` : ""}`, class: `n ${e.failed ? "bad" : "ok"}` }), (e) => ({ text: ms(e.latency_ms), class: "n" }),
+      (e) => ({ text: `${e.failed ? "✗" : "✓"} ${e.status}${e.grpc_status ? ` grpc ${e.grpc_status}` : ""}`, class: `n ${e.failed ? "bad" : "ok"}` }), (e) => ({ text: ms(e.latency_ms), class: "n" }), (e) => flagWords(e.flags),
     ], "Not tapping: no request is looked at.");
     by("tap-toggle").addEventListener("click", () => (this.running ? this.stop() : this.start()));
     for (const name of ["failed", ...FILTERS]) by(`tap-${name}`).addEventListener("change", () => this.again());

@@ -13,6 +13,7 @@ export const STATES = {
   ejected: { symbol: "⊘", word: "ejected", class: "off" },
   starting: { symbol: "◌", word: "not ready", class: "off" },
   denied: { symbol: "⊘", word: "denied", class: "off" },
+  refused: { symbol: "⊘", word: "refused", class: "warn" },
   idle: { symbol: "–", word: "idle", class: "off" },
 };
 
@@ -27,9 +28,17 @@ export function state(row) {
   if (row.silent) return STATES.silent;
   if (row.overdue > 0 && !row.requests) return STATES.hung;
   if (row.denied > 0 && !row.requests) return STATES.denied;
+  if (row.refused > 0 && !row.requests) return STATES.refused;
   if (row.success_rate === null || row.success_rate === undefined) return STATES.idle;
   return STATES[row.wrong] ?? (row.success_rate < WELL ? STATES.degraded : STATES.ok);
 }
+
+// Why Envoy answered a request by itself, or what it did to it; the letters are those of its access log.
+const FLAGS = {
+  UO: "refused by a breaker", UH: "no healthy instance", UF: "no connection", UC: "connection broke", UT: "timed out", UR: "reset by the service",
+  URX: "retries used up", DC: "caller gave up", DR: "caller gave up", FI: "fault: error", DI: "fault: delay", NR: "no route", NC: "no such version", UAEX: "denied", UMSDR: "timed out", DT: "timed out",
+};
+export const flagWords = (flags) => (flags ? flags.split(",").map((flag) => FLAGS[flag] ?? flag).join(", ") : "");
 
 export const isSlow = (row) => row.wrong === "slow" || row.wrong === "too_slow";
 
@@ -85,7 +94,7 @@ export function eventText(event) {
     case "fault": return `${faultEffect(event)}${event.at === "mesh" ? "" : `, in the ${event.at}`}`;
     case "fault_cleared": return "cleared";
     case "fault_expired": return "its time was over";
-    case "traffic": return Object.entries(event.changes ?? {}).map(([name, value]) => `${name} ${value !== null && typeof value === "object" ? Object.entries(value).map((pair) => pair.join("=")).join(",") : value}`).join(", ");
+    case "traffic": return Object.values(event.changes ?? {}).every((value) => value === null) ? "back to the defaults" : Object.entries(event.changes).map(([name, value]) => `${name} ${value === null ? "by default" : typeof value === "object" ? Object.entries(value).map((pair) => pair.join("=")).join(",") : value}`).join(", ");
     case "access": return `${event.caller} ${event.allowed ? "may" : "may not"} call it`;
     case "load": return `${rate(event.rps)} requests/s`;
     default: return [event.reason, event.error, event.remedy].filter(Boolean).join(", ");
