@@ -8,7 +8,7 @@ const LANES = [["change", "change"], ["fault", "fault"], ["violated", "violated"
 const PANELS = [
   { title: "Requests/s", lines: [["rps", "rps", "answered"], ["refused", "refused", "refused"]], format: (value) => String(value) },
   { title: "Success", lines: [["effective_success_rate", "effective", "after retries"], ["success_rate", "success", "answered"]], format: (value) => `${Number((value * 100).toFixed(1))} %`, top: 1, bottomOf: (low) => Math.max(0, Math.min(0.9, Math.floor(low * 10) / 10)) },
-  { title: "Latency", lines: [["p50_ms", "p50", "p50"], ["p95_ms", "p95", "p95"], ["p99_ms", "p99", "p99"]], format: (value) => `${value} ms` },
+  { title: "Latency", lines: [["p50_ms", "p50", "p50"], ["p95_ms", "p95", "p95"], ["p99_ms", "p99", "p99"]], format: (value) => (value >= 1000 ? `${value / 1000} s` : `${value} ms`) },
 ];
 
 export class History {

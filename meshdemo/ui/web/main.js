@@ -130,7 +130,7 @@ function figures() {
   const service = snapshot.services.find((one) => one.name === chosen), now = state(service);
   const tiles = {
     rps: [rate(service.rps), ""], success: [percent(service.success_rate), isSlow(service) ? "ok" : now.class],
-    effective: service.effective_success_rate < service.success_rate - 0.01 ? [`! ${percent(service.effective_success_rate)}`, "warn"] : [percent(service.effective_success_rate), ""], p50: [withMs(service.p50_ms), ""],
+    effective: service.effective_success_rate !== null && service.effective_success_rate < service.success_rate - 0.01 ? [`! ${percent(service.effective_success_rate)}`, "warn"] : [percent(service.effective_success_rate), ""], p50: [withMs(service.p50_ms), ""],
     p95: [withMs(service.p95_ms), isSlow(service) ? now.class : ""], p99: [withMs(service.p99_ms), ""],
     ejected: ejected(service),
     refused: [service.refused || service.denied ? `${rate((service.refused ?? 0) + (service.denied ?? 0))}/s` : "none", service.refused || service.denied ? "warn" : ""],
