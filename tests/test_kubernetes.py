@@ -27,6 +27,7 @@ from meshdemo.control.intent import Overtaken, eject, set_access
 from meshdemo.control.model import Intent, MeshState
 from meshdemo.control.plane import ControlPlane
 from meshdemo.control.render.inbound import open_paths
+from meshdemo.control.render.renderer import Renderer
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.kube import ApiError, Cluster
 from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION
@@ -564,6 +565,31 @@ def test_probes_and_other_ports_of_a_pod_go_on_as_they_were() -> None:
         "m", "n", PAIR, [injected("y-1", "y", livenessProbe={"tcpSocket": {"port": 7}})], [], []
     )
     assert alone.app.services["account-default"].found == Found(aside=(7,))
+
+
+def test_all_ways_to_the_same_port_are_the_same_service() -> None:
+    web, more = k8s_service("web", "10.96.1.1", 80, name="http"), k8s_service("web-lb", "10.96.1.2", 8000)
+    more["spec"]["selector"] = web["spec"]["selector"] = {SERVICE: "web"}
+    web["spec"]["ports"].append({"name": "also", "port": 81})
+    slices = [slice_of("web", 8080, "web-1", port_name="http"), slice_of("web-lb", 8080, "web-1")]
+    slices[0]["ports"].append({"name": "also", "port": 8080})
+    found = k8s.mesh_state("m", "n", PAIR, [injected("web-1", "web")], slices, [web, more])
+    assert set(found.app.services) - set(PAIR.services) == {"web"}
+    assert found.places("web") == [
+        ("web", "10.96.1.1", 80),
+        ("web@10.96.1.1:81", "10.96.1.1", 81), ("web@10.96.1.2:8000", "10.96.1.2", 8000),
+    ]  # fmt: skip
+    outbound = Renderer().snapshots(found, Intent())["web-1"]
+    assert outbound
+
+
+def test_a_headless_service_is_reached_as_before() -> None:
+    headless = k8s_service("db", "None", 5432)
+    found = k8s.mesh_state(
+        "m", "n", PAIR, [injected("db-0", "db")], [slice_of("db", 5432, "db-0")], [headless]
+    )
+    assert {one.id: one.service for one in found.instances} == {"db-0": "account-default"}
+    assert found.app.services["account-default"].found == Found(aside=(5432,))
 
 
 def test_a_gateway_is_told_by_its_labels_and_its_account() -> None:

@@ -15,7 +15,8 @@ The protocol is what the pods' annotation says, else the port's `appProtocol`, e
 name, else HTTP or gRPC if the kubelet probes it so, else what is usual on that port. Where nothing says it,
 each connection is looked at, for which a protocol whose server speaks first has to wait: the last resort.
 
-Of a Service the first port is in the mesh. The pods' other ports are reached as they were before.
+Of a Service the first port is in the mesh. The pods' other ports are reached as they were before; so are
+those of a headless Service, whose callers speak to single pods, which the mesh does not tell apart.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class Discovered:
     app: App
     service_of: Mapping[str, str] = field(default_factory=dict)  # instance -> service
     ports: Mapping[str, int] = field(default_factory=dict)  # service -> the port that callers use
+    also: tuple[
+        tuple[str, str, int], ...
+    ] = ()  # service, and an address and port of another Service of its pods
 
 
 def namespace_of(manifest: Manifest, home: str) -> str:
@@ -132,6 +136,7 @@ def discover(
         app.model_copy(update={"services": {**app.services, **open_to_each_other}}),
         {pod: name for place in places.values() for pod, name in place.service_of.items()},
         {name: port for place in places.values() for name, port in place.ports.items()},
+        tuple(one for place in places.values() for one in place.also),
     )
 
 
@@ -146,15 +151,17 @@ class _Place:
         self.found: dict[str, Service] = {}
         self.service_of: dict[str, str] = {}
         self.ports: dict[str, int] = {}
+        self.also: list[tuple[str, str, int]] = []
 
     def discover(self, taken: set[str]) -> None:
         """Find the services. `taken`: names within this namespace that are the mesh's own."""
         service_of: dict[str, str] = {}  # both names within the namespace
         waiting: set[str] = set()
+        besides = {port for other in self.services for port in _targets(other, self.slices)}
         for one in sorted(self.services, key=lambda one: str(one["metadata"]["name"])):
             name = str(one["metadata"]["name"])
             wanted = (one["spec"].get("ports") or [None])[0]
-            if name in taken or not _NAME.fullmatch(name) or wanted is None:
+            if name in taken or not _NAME.fullmatch(name) or wanted is None or not _address(one):
                 continue
             members, target = _behind(name, wanted, self.slices)
             selected = {pod for pod, manifest in self.pods.items() if _selects(one, manifest)}
@@ -166,9 +173,9 @@ class _Place:
             service_of.update(dict.fromkeys(members, name))
             behind = [self.pods[pod] for pod in members]
             protocol = _protocol(wanted, target, behind)
-            besides = {port for other in self.services for port in _targets(other, self.slices)}
             found = _service(target, protocol or "http", behind, detect=protocol is None, besides=besides)
             self._add(name, found, wanted["port"])
+        self._look_for_other_ways(service_of)
         taken = taken | {str(one["metadata"]["name"]) for one in self.services}
         callers: dict[str, list[Manifest]] = {}
         for pod_name, pod in self.pods.items():
@@ -181,8 +188,20 @@ class _Place:
                 service_of[pod_name] = name
                 callers.setdefault(name, []).append(pod)
         for name, of in callers.items():
-            self._add(name, _service(_NOBODYS_PORT, "http", of), None)
+            self._add(name, _service(_NOBODYS_PORT, "http", of, besides=besides), None)
         self.service_of = {self._called(pod): self._called(name) for pod, name in service_of.items()}
+
+    def _look_for_other_ways(self, service_of: Mapping[str, str]) -> None:
+        """Find other Services, and other ports of one, that lead to the same port of the same pods."""
+        for one in self.services:
+            name, address = str(one["metadata"]["name"]), _address(one)
+            for port in (one["spec"].get("ports") or ()) if address else ():
+                members, target = _behind(name, port, self.slices)
+                owners = {service_of.get(pod, "") for pod in members if pod in self.pods}
+                owner = self._called(next(iter(owners))) if len(owners) == 1 else ""
+                known = owner in self.found and self.found[owner].port == target
+                if known and (owner, self.ports[owner]) != (self._called(name), port["port"]):
+                    self.also.append((owner, address, port["port"]))
 
     def _add(self, name: str, service: Service, port: int | None) -> None:
         self.found[self._called(name)] = service
@@ -191,6 +210,12 @@ class _Place:
 
     def _called(self, name: str) -> str:
         return qualified(name, self.namespace, self._home)
+
+
+def _address(service: Manifest) -> str:
+    """The address of a Service's name; '' where that stands for its pods themselves (a headless one)."""
+    address = str(service["spec"].get("clusterIP", ""))
+    return "" if address == "None" else address
 
 
 def _selects(service: Manifest, pod: Manifest) -> bool:

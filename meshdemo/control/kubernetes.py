@@ -235,6 +235,7 @@ def mesh_state(
         gateways=tuple(_gateway(pod) for pod in sorted(at_the_edge, key=_key)),
         addresses=addresses,
         ports=dict(whole.ports),
+        also=whole.also,
     )
 
 

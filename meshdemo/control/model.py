@@ -75,6 +75,17 @@ class MeshState(_Value):
         default_factory=dict, description="service -> port of its name, where that is not its instances' own"
     )
 
+    also: tuple[tuple[str, str, int], ...] = Field(
+        default=(), description="service, address and port: other ways to its instances than by its own name"
+    )
+
+    def places(self, service: str) -> list[tuple[str, str, int]]:
+        """Where a service is called: what the place is called, its address and port."""
+        port = self.ports.get(service, self.app.services[service].port)
+        found = [(service, self.addresses[service], port)] if service in self.addresses else []
+        others = [(address, port) for name, address, port in self.also if name == service]
+        return found + [(f"{service}@{address}:{port}", address, port) for address, port in others]
+
     @property
     def sidecars(self) -> tuple[Instance, ...]:
         """All that the control plane configures."""

@@ -25,18 +25,16 @@ def shared(
     frame = cache.made("captured_outbound", Listener, port=names.OUTBOUND_PORT)
     chains, looked_into = [], []
     for name, service in mesh.app.services.items():
-        if address := mesh.addresses.get(name):
-            port, table = mesh.ports.get(name, service.port), f"outbound/{name}"
-            tcp = cache.made("captured_tcp", Listener, service=name, split=splits[name])
+        if name not in mesh.addresses:
+            continue
+        table, grpc = f"outbound/{name}", service.spoken in ("grpc", "any")
+        tcp = cache.made("captured_tcp", Listener, service=name, split=splits[name])
+        http = cache.made("listener_outbound", Listener, routes=table, grpc=grpc, traced=traced)
+        for called, address, port in mesh.places(name):
             if service.spoken == "any":
-                http = cache.made("listener_outbound", Listener, routes=table, grpc=True, traced=traced)
-                looked_into.append(_detecting(cache, name, address, port, http, tcp))
-            elif service.spoken == "tcp":
-                chains.append((name, address, port, tcp))
+                looked_into.append(_detecting(cache, called, address, port, http, tcp))
             else:
-                grpc = service.spoken == "grpc"
-                http = cache.made("listener_outbound", Listener, routes=table, grpc=grpc, traced=traced)
-                chains.append((name, address, port, http))
+                chains.append((called, address, port, tcp if service.spoken == "tcp" else http))
     outbound = cache.once(
         ("captured outbound", frame, *chains),
         lambda: Made(captured.outbound(frame.message, [(*where, chain.message) for *where, chain in chains])),
