@@ -266,6 +266,11 @@ def test_nobody_gets_what_is_not_theirs() -> None:
     claim.node.id = "j"
     with pytest.raises(Refused, match="says that it is 'j'"):
         stream.receive(claim)
+    elsewhere = Stream(INSTANCE.model_copy(update={"id": "j.shop"}), snapshot({"a": "1"}))
+    elsewhere.receive(claim)  # a pod knows its name alone
+    claim.node.id = "shop"
+    with pytest.raises(Refused, match="says that it is 'shop'"):
+        elsewhere.receive(claim)
     with pytest.raises(Refused, match=r"nothing of type 'x\.y'"):
         stream.receive(DiscoveryRequest(type_url="x.y"))
 

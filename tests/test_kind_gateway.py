@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -306,3 +307,31 @@ def test_an_injected_app_is_part_of_the_mesh_in_whatever_namespace(mesh: Mesh) -
     removed = up._remove_handouts(mesh.cluster, mesh.runtime.record, notes)
     assert f"ConfigMap meshdemo-{mesh.name} in blue" in removed
     assert "stay in blue" in notes[0]
+
+
+# -- votes -------------------------------------------------------------------------------------------------
+
+
+def test_votes_outlive_the_pods_that_counted_them(tmp_path: Path) -> None:
+    require()
+    edge = ("--gateway-port", str(free_port()))
+    with on_kind(tmp_path, "--app", "emojivoto", "--rps", "20", "--no-observability", *edge) as mesh:
+
+        def votes() -> int:
+            status, body = get(mesh, "/api/leaderboard")
+            assert status == 200, body
+            return sum(one["votes"] for one in json.loads(body))
+
+        before = until(lambda: (found := votes()) > 50 and found, "votes")
+        claim = mesh.cluster.get("PersistentVolumeClaim", "voting-state", mesh.name)
+        assert claim is not None
+        assert claim["status"]["phase"] == "Bound"
+        (voting,) = mesh.ids("voting")
+        mesh.runtime.restart(voting, reason="a test")
+        assert votes() >= before
+        # Another release of it goes on with the same votes.
+        mesh.run("up", "--runtime", "kind", "--version", "voting=v2", "--timeout", "200")
+        before = votes()
+        mesh.run("traffic", "set", "voting", "--split", "v1=0,v2=100")
+        assert votes() >= before
+        until(lambda: votes() > before + 20, "the other release counts on")

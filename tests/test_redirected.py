@@ -223,9 +223,11 @@ class Redirected(Mesh):
         for name, content in bootstrap_files(member.instance, placement).items():
             (member.folder / name).write_text(content)
         as_sidecar = ["ip", "netns", "exec", pod.name, "setpriv", "--regid", "1337", "--clear-groups"]
+        # A pod knows its name, and not what the mesh calls it.
+        node = ("--service-node", member.instance.id.removesuffix(".shop"))
         with (member.folder / "envoy.log").open("wb") as log:
             member.process = subprocess.Popen(
-                [*as_sidecar, *envoy_arguments(find_envoy(), member.folder / "bootstrap.yaml")],
+                [*as_sidecar, *envoy_arguments(find_envoy(), member.folder / "bootstrap.yaml"), *node],
                 stdout=log, stderr=log,
             )  # fmt: skip
 

@@ -28,6 +28,7 @@ from google.protobuf.message import DecodeError
 
 from meshdemo.control import xds
 from meshdemo.control.model import Instance
+from meshdemo.names import parted
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,8 @@ class Stream:
     def _check(self, request: DiscoveryRequest, names: frozenset[str]) -> None:
         if request.type_url not in xds.ORDER:
             raise Refused(f"there is nothing of type '{request.type_url}'")
-        if request.node.id and request.node.id != self.instance.id:
+        # A pod knows its name, and not whether the mesh calls it by its namespace as well.
+        if request.node.id and request.node.id not in (self.instance.id, parted(self.instance.id, "")[0]):
             raise Refused(f"says that it is '{request.node.id}'")
         if request.type_url == xds.SECRETS:
             own = _names(self.wanted.get(xds.SECRETS, ()))
