@@ -13,7 +13,7 @@ lies within: three samples of a second may end within a window of two.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -22,6 +22,7 @@ from meshdemo.control.signals import Cell, Histogram, Sample, Signal
 
 if TYPE_CHECKING:
     from meshdemo.control.client import EdgeRow, SignalRow
+    from meshdemo.control.model import Intent, MeshState
 
 By = Literal["service", "version", "instance", "route", "caller"]
 BY: tuple[By, ...] = get_args(By)
@@ -39,6 +40,12 @@ class Scope:
     version: str
     silent: bool = False
     ejected: bool = False
+
+
+def scopes_of(mesh: MeshState, intent: Intent, silent: Callable[[str], bool]) -> list[Scope]:
+    """All instances of the mesh. `silent`: does the sidecar of this instance report nothing?"""
+    ejected = {ejection.instance for ejection in intent.ejections}
+    return [Scope(i.id, i.service, i.version, silent(i.id), i.id in ejected) for i in mesh.instances]
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,12 +112,7 @@ class Broadcast:
         if not (watched or point_due):
             return
         samples = store.window(WINDOW_S + 2)
-        ejected = {ejection.instance for ejection in intent.ejections}
-        scopes = [
-            aggregate.Scope(i.id, i.service, i.version, store.silent(i.id), i.id in ejected)
-            for i in mesh.instances
-        ]
-        services = by_service(samples, scopes, now)
+        services = by_service(samples, aggregate.scopes_of(mesh, intent, store.silent), now)
         if point_due:
             self._last_point = now
             with self._condition:

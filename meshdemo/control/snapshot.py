@@ -43,10 +43,7 @@ def snapshot(
         services: the signals by service, if they are known already (`by_service`).
         goals: what the objectives ask of each service; what misses them says so (`wrong`).
     """
-    ejected = {ejection.instance for ejection in intent.ejections}
-    scopes = [
-        aggregate.Scope(i.id, i.service, i.version, silent(i.id), i.id in ejected) for i in mesh.instances
-    ]
+    scopes = aggregate.scopes_of(mesh, intent, silent)
     if services is None:
         services = by_service(samples, scopes, now)
     of_service = {signal.service: signal for signal in services}

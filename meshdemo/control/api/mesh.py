@@ -109,17 +109,12 @@ class Control:
 
     def signals(self, by: aggregate.By, window_s: float, service: str | None = None) -> list[Signal]:
         """What happened in the last `window_s` seconds."""
-        ejected = {ejection.instance for ejection in self.intent.ejections}
-        scopes = [
-            aggregate.Scope(i.id, i.service, i.version, self.store.silent(i.id), i.id in ejected)
-            for i in self.mesh.instances
-        ]
         return aggregate.signals(
             self.store.window(window_s),
             by=by,
             now=self.clock(),
             window_s=window_s,
-            scopes=scopes,
+            scopes=aggregate.scopes_of(self.mesh, self.intent, self.store.silent),
             service=service,
         )
 
