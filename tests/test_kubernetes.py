@@ -840,10 +840,18 @@ def test_a_token_that_is_none_is_refused(server: ApiServer) -> None:
 def test_a_review_holds_for_a_while_and_outlives_an_absent_server(server: ApiServer) -> None:
     server.answer(REVIEWS, review(), times=1)
     server.answer(REVIEWS, status=503)
-    reviews = k8s.TokenReviews(server.cluster(patience_s=0), _Pods(), holds_s=0.3)  # type: ignore[arg-type]
+    now = [0.0]
+    reviews = k8s.TokenReviews(
+        server.cluster(patience_s=0),
+        _Pods(),
+        holds_s=60,
+        clock=lambda: now[0],  # type: ignore[arg-type]
+    )
     assert [whose(server, "t", reviews) for _ in range(3)] == ["b-1"] * 3
+    now[0] += 59
+    assert whose(server, "t", reviews) == "b-1"
     assert len(server.requests("post")) == 1
-    time.sleep(0.35)
+    now[0] += 2
     assert whose(server, "t", reviews) == "b-1"  # asked again, and nobody answered
     assert len(server.requests("post")) == 2
     assert whose(server, "unknown", reviews) is None

@@ -474,9 +474,17 @@ class TokenReviews:
     milliseconds. A token is worth nothing once its pod is gone, whatever the review said before.
     """
 
-    def __init__(self, cluster: Cluster, source: Source, *, holds_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        source: Source,
+        *,
+        holds_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._cluster, self._source = cluster, source
         self._holds_s = holds_s
+        self._clock = clock
         self._known: dict[str, tuple[float, _Proof | None]] = {}
 
     async def instance(self, token: str, mesh: MeshState) -> Instance | None:
@@ -495,7 +503,7 @@ class TokenReviews:
         if not token:
             return None
         digest = hashlib.sha256(token.encode()).hexdigest()
-        now = time.monotonic()
+        now = self._clock()
         until, proof = self._known.get(digest, (0.0, None))
         if now < until:
             return proof
