@@ -7,7 +7,8 @@ lets a later key replace an earlier one of the same name without a word).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +139,14 @@ class _Builder:
 
 def _place(node: yaml.Node) -> tuple[int, int]:
     return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def one_of(name: str, allowed: Iterable[str]) -> str:
+    """What to say to somebody who wrote a name that is none of those allowed: the nearest, and all."""
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}allowed: {', '.join(names)}"
 
 
 def lookup(data: Any, path: Sequence[str | int]) -> Any:

@@ -107,7 +107,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     async def scenario() -> None:
         bench = Bench(tmp_path, "", command=[str(tmp_path / "nowhere")])
         await bench.until(lambda: bench.keeper.failed)
-        assert "No such file" in bench.keeper.failure().message
+        assert "nowhere: No such file" in bench.keeper.failure().message
         with pytest.raises(Failed, match="not running"):
             bench.keeper.signal(signal.SIGKILL)
         await bench.keeper.stop(5)

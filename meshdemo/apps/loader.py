@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from meshdemo.apps.model import App
+from meshdemo import positions
+from meshdemo.apps.model import NAME_PATTERN, PATH_PATTERN, App, Route, Service, Workload
 from meshdemo.errors import BadInput
+from meshdemo.positions import one_of
 
 _SUFFIX = ".yaml"
+_PATTERNS = {
+    NAME_PATTERN: "use up to 40 of a-z, 0-9 and '-', starting with a letter, not ending with '-'",
+    PATH_PATTERN: "a path starts with '/'",
+}
 
 
 def built_in() -> list[str]:
@@ -29,19 +35,24 @@ def load(reference: str) -> App:
     Raises BadInput: no such app, or the file is not sound; then with every problem and where it stands.
     """
     name, text = _read(reference)
-    from meshdemo import positions
-
     document = positions.parse(text)
     problems = list(document.problems)
     if not problems:
         try:
-            return App.model_validate(document.data)
+            app = App.model_validate(document.data)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 path = [step for step in detail["loc"] if step != "[key]"]
+                path += getattr(detail.get("ctx", {}).get("error"), "path", ())
                 at_key = detail["type"] == "extra_forbidden" or "[key]" in detail["loc"]
                 place = document.key_at(path) if at_key else document.value_at(path)
                 problems.append(positions.Problem(*place, _words(path, dict(detail))))
+        else:
+            problems += [
+                positions.Problem(*document.value_at(path), message) for path, message in _unknown(app)
+            ]
+            if not problems:
+                return app
     lines = [f"{name}:{problem}" for problem in sorted(problems)]
     raise BadInput("\n  ".join(lines), f"built-in apps to start from: {', '.join(built_in())}")
 
@@ -67,11 +78,34 @@ def _read(reference: str) -> tuple[str, str]:
         raise BadInput(f"cannot read app {path}: {error.strerror or error}") from error
 
 
+def _unknown(app: App) -> Iterator[tuple[list[str | int], str]]:
+    """The programs that meshdemo does not carry: where they stand, and words."""
+    workloads = resources.files("meshdemo.workloads")
+    for name, service in app.services.items():
+        for version, workload in service.versions.items():
+            program = workload.program
+            if program is not None and not (workloads / f"{program.replace('.', '/')}.py").is_file():
+                yield (
+                    ["services", name, "versions", version, "program"],
+                    f"no program '{program}' comes with meshdemo; a program of your own is a `command`",
+                )
+
+
+def _allowed(path: Sequence[Any]) -> list[str]:
+    """The keys that may stand where the last step of `path` does."""
+    model: type[BaseModel] = App
+    if len(path) > 2:
+        model = Service
+    if len(path) > 4:
+        model = Workload if path[2] == "versions" else Route
+    return list(model.model_fields)
+
+
 def _words(path: list[Any], error: Mapping[str, Any]) -> str:
     what = ".".join(str(step) for step in path) or "the app"
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown key '{path[-1]}'"
+            return f"unknown key '{path[-1]}'; {one_of(str(path[-1]), _allowed(path))}"
         case "missing":
             return f"'{what}' is missing"
         case "value_error":
@@ -79,9 +113,12 @@ def _words(path: list[Any], error: Mapping[str, Any]) -> str:
         case "string_type" if isinstance(error["input"], int | float):
             return f"'{what}' must be text: write \"{error['input']}\" in quotes"
         case "string_pattern_mismatch":
-            return f"'{error['input']}' is no name that may stand there (pattern {error['ctx']['pattern']})"
+            pattern = error["ctx"]["pattern"]
+            return f"'{what}' is {error['input']!r}: {_PATTERNS.get(pattern, f'it must match {pattern}')}"
         case "model_type":
             return f"'{what}' must have keys and values"
         case _:
-            message: str = error["msg"]
-            return f"'{what}': {message[0].lower()}{message[1:]}"
+            message: str = error["msg"].replace("Input should", "it should")
+            given = error["input"]
+            is_ = f" is {given!r}" if isinstance(given, str | int | float) else ""
+            return f"'{what}'{is_}: {message[0].lower()}{message[1:]}"

@@ -10,8 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+NAME_PATTERN = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
+PATH_PATTERN = r"^/"
+
 # RFC 1123 label: service names become DNS names and parts of SPIFFE paths.
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Protocol = Literal["http", "grpc", "tcp"]
 
 OTHER = "other"
@@ -25,6 +28,14 @@ GATEWAY = "gateway"
 _BREAKABLE = {"service_b", "emojivoto.web", "emojivoto.emoji", "emojivoto.voting"}
 
 
+class Misplaced(ValueError):
+    """Something wrong with the app as a whole, and the path of keys to where it stands in the file."""
+
+    def __init__(self, message: str, *path: str | int) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,8 +47,8 @@ class Route(_Strict):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.\-]{1,60}$")
-    path: str | None = Field(default=None, pattern=r"^/", description="exact path")
-    prefix: str | None = Field(default=None, pattern=r"^/", description="path prefix")
+    path: str | None = Field(default=None, pattern=PATH_PATTERN, description="exact path")
+    prefix: str | None = Field(default=None, pattern=PATH_PATTERN, description="path prefix")
     method: str | None = None
 
     @model_validator(mode="after")
@@ -129,21 +140,31 @@ class App(_Strict):
     def _routes_are_told_apart(self) -> App:
         for name, service in self.services.items():
             names = [route.name for route in service.routes]
-            if OTHER in names:
-                raise ValueError(f"{name}: a route may not be named '{OTHER}': that is what no route takes")
-            if twice := sorted({one for one in names if names.count(one) > 1}):
-                raise ValueError(f"{name}: two routes are named '{twice[0]}'")
+            for index, one in enumerate(names):
+                place = ("services", name, "routes", index, "name")
+                if one == OTHER:
+                    raise Misplaced(
+                        f"{name}: a route may not be named '{OTHER}': that is what no route takes", *place
+                    )
+                if one in names[:index]:
+                    raise Misplaced(f"{name}: two routes are named '{one}'", *place)
         return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> App:
         known = ", ".join(self.services)
         if GATEWAY in self.services:
-            raise ValueError(f"'{GATEWAY}' is the name of the mesh's own gateway; call the service otherwise")
+            raise Misplaced(
+                f"'{GATEWAY}' is the name of the mesh's own gateway; call the service otherwise",
+                "services", GATEWAY,
+            )  # fmt: skip
         if self.front not in self.services:
-            raise ValueError(f"front: no service '{self.front}'; there are: {known}")
+            raise Misplaced(f"front: no service '{self.front}'; there are: {known}", "front")
         for name, service in self.services.items():
-            for callee in service.calls:
+            for index, callee in enumerate(service.calls):
                 if callee not in self.services:
-                    raise ValueError(f"{name}: calls unknown service '{callee}'; there are: {known}")
+                    raise Misplaced(
+                        f"{name}: calls unknown service '{callee}'; there are: {known}",
+                        "services", name, "calls", index,
+                    )  # fmt: skip
         return self

@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from meshdemo import positions
 from meshdemo.control.signals import effective_bound_ms
 from meshdemo.errors import BadInput
-from meshdemo.positions import Document, Problem
+from meshdemo.positions import Document, Problem, one_of
 from meshdemo.remediation.policy import SCOPES, Policy
-from meshdemo.remediation.policywords import in_words, one_of
+from meshdemo.remediation.policywords import in_words
 
 
 class PolicyError(BadInput):

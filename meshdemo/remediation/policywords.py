@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from pydantic import BaseModel
 
 from meshdemo import positions
 from meshdemo.control.goals import Latency, Objective
-from meshdemo.positions import Document, Problem
+from meshdemo.positions import Document, Problem, one_of
 from meshdemo.remediation.policy import REMEDIES, Guardrails, MaxActions, Policy, Rule, Webhook
 
 
@@ -92,13 +91,6 @@ def _bound(kind: str, context: Mapping[str, Any], path: list[Any]) -> str:
 
 
 _DURATIONS = ("below", "window", "budget", "per", "cooldown", "verify", "probation", "timeout", "for")
-
-
-def one_of(name: str, allowed: Any) -> str:
-    names = list(allowed)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}allowed: {', '.join(names)}"
 
 
 def _unknown_key(data: Any, path: list[Any]) -> str:

@@ -237,9 +237,10 @@ class Keeper:
     def failure(self) -> Failed:
         """Why it does not run, with what it said last."""
         said = "\n".join(f"    {line}" for line in self.output.tail if line.strip())
+        silent = "it said nothing: is it the right command? `meshdemo check` looks for what is missing"
         return Failed(
             f"{self.name} does not start: {self.last_exit or 'it is not ready in time'}",
-            f"it said:\n{said}" if said else "it said nothing; `meshdemo check` looks for what is missing",
+            f"it said:\n{said}" if said else silent,
         )
 
     def start(self) -> None:
@@ -298,7 +299,8 @@ class Keeper:
             try:
                 self.last_exit = _in_words(await self._live())
             except OSError as error:  # no such program, no more processes, a full disk
-                self.last_exit = str(error)
+                program = f"{error.filename}: " if error.filename else ""
+                self.last_exit = f"{program}{error.strerror or error}"
             except Exception as error:
                 log.exception("cannot start %s", self.name)
                 self.last_exit = f"{type(error).__name__}: {error}"
