@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +70,22 @@ class Cli:
             raise
         assert status is None or process.returncode == status, (arguments, process.returncode, out, err)
         return out if process.returncode == 0 else err
+
+    def at_terminal(self, *arguments: str) -> str:
+        """What a person sees of a command that succeeds: stdout and stderr, on a terminal."""
+        ours, theirs = pty.openpty()
+        with os.fdopen(ours, "rb", buffering=0) as screen:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "meshdemo", "--name", self.name, *arguments],
+                env=self.env, stdin=theirs, stdout=theirs, stderr=theirs,
+            )  # fmt: skip
+            os.close(theirs)
+            seen = b""
+            with suppress(OSError):  # the terminal ends with the last that has it open
+                while part := screen.read(4096):
+                    seen += part
+            assert process.wait(self.deadline_s) == 0, seen
+        return seen.decode()
 
     def json(self, *arguments: str) -> Any:
         """What a command prints with `-o json`."""

@@ -59,7 +59,11 @@ def test_status(mesh: Cli) -> None:
 def test_up_again_says_so_and_changes_nothing(mesh: Cli) -> None:
     wait_for("a ready mesh", mesh.all_ready)
     before = {one["name"]: one["pid"] for one in mesh.describe()["processes"]}
-    assert "nothing to change" in mesh.run("up")
+    said = mesh.at_terminal("up")
+    assert "nothing to change" in said
+    assert f"the app      {mesh.json('status')['endpoints']['gateway']}" in said
+    assert "`meshdemo fault --at mesh --service service-b --err 0.2`" in said
+    assert "break it" not in mesh.run("up")  # nobody looks on
     assert {one["name"]: one["pid"] for one in mesh.describe()["processes"]} == before
 
 

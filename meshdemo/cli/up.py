@@ -187,6 +187,21 @@ def command(
         frame.say(f"Mesh '{frame.name}' is up already, as asked for; nothing to change.")
     if steps:
         frame.say(f"Mesh '{frame.name}' is up after {time.monotonic() - started:.1f} s.")
+    if frame.chatty:
+        frame.say(_what_now(where.endpoints().get("gateway"), definition.front))
+
+
+def _what_now(gateway: str | None, front: str) -> str:
+    """For a person at a terminal: where the app is, and what one does next."""
+    return "\n".join(
+        [
+            *([f"  the app      {gateway}"] if gateway else []),
+            "  look         `meshdemo stat`, `meshdemo dashboard`",
+            f"  break it     `meshdemo fault --at mesh --service {front} --err 0.2`",
+            "  heal it      `meshdemo watch`",
+            "  remove it    `meshdemo down`",
+        ]
+    )
 
 
 def observed(app: App) -> dict[str, Any]:
