@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from html.parser import HTMLParser
 from typing import Any
@@ -13,7 +14,7 @@ from simmesh import Run, SimMesh
 from meshdemo.cli.report import _parts
 from meshdemo.remediation import report as reports
 from meshdemo.remediation.core import Core
-from meshdemo.remediation.page import render
+from meshdemo.remediation.page import _marks, _words, render
 from meshdemo.remediation.policyfile import load
 from meshdemo.resources import DEFAULT_POLICY
 
@@ -91,6 +92,27 @@ def test_the_text_says_it_all_at_eighty_columns(report: reports.Report) -> None:
         "error budget",
     ):
         assert words in text
+
+
+def test_the_page_tells_what_happened_in_words(report: reports.Report) -> None:
+    page = render(report)
+    for one in report.incidents:
+        assert "None" not in page
+        begin = one.opened_at
+        marks = _marks(one)
+        assert sum(len(mark["names"]) for mark in marks) == len(one.timeline)  # none is lost
+        assert all(f"{mark['label']}</text>" in page for mark in marks)
+        assert marks[0]["x"] < marks[-1]["x"] <= 100
+        assert all(b["x"] - a["x"] >= 4 for a, b in itertools.pairwise(marks))
+        assert marks[-1]["after"] <= one.timeline[-1]["time"] - begin
+
+
+def test_evidence_is_put_in_words() -> None:
+    evidence = {"bad": 88, "requests": 191, "bad_share": 0.4607, "allowed": 0.25, "window_s": 10.0, "overdue": 0,
+                "instance": None, "p95_ms": 312.34}  # fmt: skip
+    assert _words(evidence) == (
+        "bad 88, requests 191, bad share 46.07 %, allowed 25 %, window 10 s, p95 312.3 ms"
+    )
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(report: reports.Report) -> None:
