@@ -109,9 +109,7 @@ class Mesh(Cli):
     def counts(self, instance: str = "") -> Counter[str]:
         """How many requests service-a has seen end, by code."""
         runtime = self.runtime
-        caller = instance or next(
-            one.id for one in runtime.instances() if one.service == "service-a" and one.ready
-        )
+        caller = instance or next(one.id for one in runtime.instances() if one.service == "service-a")
         tunnel = Forward(runtime.cluster, self.name, lambda: caller, 15020)
         try:
             with urllib.request.urlopen(f"{tunnel.url}/metrics", timeout=20) as response:  # noqa: S310 - our own tunnel

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -1011,11 +1012,14 @@ def listing(*items: Any) -> dict[str, Any]:
     return {"metadata": {"resourceVersion": "1"}, "items": list(items)}
 
 
+OF_B = {"labels": {"app": "service-b-v1"}}
+
+
 def await_it(
     server: ApiServer, pod_status: dict[str, Any], *, timeout_s: float = 1.0, **of_deployment: Any
 ) -> Failed:
     server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment(ready=0, **of_deployment)))
-    server.answer(f"get {PODS}", listing({"metadata": {"name": "b-1"}, "status": pod_status}))
+    server.answer(f"get {PODS}", listing({"metadata": {"name": "b-1", **OF_B}, "status": pod_status}))
     server.answer(
         "get /api/v1/namespaces/n/events", listing({"reason": "Failed", "message": "an event's words"})
     )
@@ -1050,7 +1054,7 @@ def test_reasons_that_take_turns_are_one_trouble(server: ApiServer, monkeypatch:
 
     def pods() -> dict[str, Any]:
         status = {"containerStatuses": [waiting("app", next(turns), "no such host")]}
-        return listing({"metadata": {"name": "b-1"}, "status": status})
+        return listing({"metadata": {"name": "b-1", **OF_B}, "status": status})
 
     server.answer(f"get {PODS}", pods)
     began = time.monotonic()
@@ -1126,15 +1130,36 @@ def test_without_a_reason_the_time_is_over(server: ApiServer) -> None:
 def test_trouble_that_passes_is_none(server: ApiServer) -> None:
     server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment(ready=1)), times=2)
     server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment()))
-    pulling = {"metadata": {"name": "b-1"}, "status": {"containerStatuses": [waiting("app", "ErrImagePull")]}}
+    pulling = {
+        "metadata": {"name": "b-1", **OF_B},
+        "status": {"containerStatuses": [waiting("app", "ErrImagePull")]},
+    }
     server.answer(f"get {PODS}", listing(pulling), times=2)
-    going = {"metadata": {"name": "b-1", "deletionTimestamp": "2026-01-01T00:00:00Z"}, "status": READY}
-    there = [{"metadata": {"name": name}, "status": READY} for name in ("b-2", "b-3")]
+    going = {
+        "metadata": {"name": "b-1", **OF_B, "deletionTimestamp": "2026-01-01T00:00:00Z"},
+        "status": READY,
+    }
+    there = [{"metadata": {"name": name, **OF_B}, "status": READY} for name in ("b-2", "b-3")]
     server.answer(f"get {PODS}", listing(going, there[0]), times=1)  # the Deployment's status lags behind
     server.answer(f"get {PODS}", listing(going, *there))
     said: list[str] = []
     apply.await_rollout(server.cluster(), "n", ["service-b-v1"], timeout_s=20, tell=said.append)
     assert said[0] == "service-b-v1 1/2"
+
+
+def test_who_waits_together_looks_once(server: ApiServer) -> None:
+    """A booting cluster is not asked by each of them; and nobody is shown what was there before they came."""
+    server.answer("get /apis/apps/v1/namespaces/n/deployments", listing(deployment(ready=1)))
+    server.answer(f"get {PODS}", listing())
+    view = apply.View(server.cluster(), "n")
+    begun = time.monotonic()
+    with ThreadPoolExecutor(8) as waiting_together:
+        looks = [waiting_together.submit(view.look, after=begun) for _ in range(8)]
+        assert {len(look.result()[0]) for look in looks} == {1}
+    looked = len(server.requests("get", "/deployments"))
+    assert looked < 8
+    view.look(after=time.monotonic())
+    assert len(server.requests("get", "/deployments")) == looked + 1
 
 
 READY = {"conditions": [{"type": "Ready", "status": "True"}]}

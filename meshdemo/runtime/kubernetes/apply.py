@@ -7,9 +7,12 @@ ends at once.
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from meshdemo.errors import Failed
@@ -18,6 +21,7 @@ from meshdemo.names import MESH, SERVICE, VERSION
 from meshdemo.runtime.steps import pause
 
 _LOG_LINES = 4
+_LOOK_S = 0.2
 # How long a trouble that may pass by itself may last, and what it is called.
 _GRACE_S = {
     "ErrImagePull": 20.0, "ImagePullBackOff": 20.0, "ErrImageNeverPull": 5.0, "InvalidImageName": 0.0,
@@ -121,6 +125,29 @@ def _await_namespace_gone(cluster: Cluster, name: str, give_up: float) -> None:
 # -- waiting -----------------------------------------------------------------------------------------------
 
 
+class View:
+    """The Deployments and pods of a namespace, for several threads that wait: looked at once for all of them.
+
+    While a cluster boots, its API server has enough to do.
+    """
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self._cluster, self._namespace = cluster, namespace
+        self._looking = threading.Lock()
+        self._looked_at = -math.inf
+        self._seen: tuple[Sequence[Manifest], Sequence[Manifest]] = ((), ())
+
+    def look(self, *, after: float) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
+        """Deployments and pods as they are, or were a moment ago; not before `after` (monotonic clock)."""
+        with self._looking:
+            now = time.monotonic()
+            if self._looked_at <= after or now - self._looked_at >= _LOOK_S:
+                find = partial(self._cluster.find, namespace=self._namespace)
+                self._seen = (find("Deployment"), find("Pod"))
+                self._looked_at = now
+            return self._seen
+
+
 def await_rollout(
     cluster: Cluster,
     namespace: str,
@@ -128,23 +155,28 @@ def await_rollout(
     *,
     timeout_s: float,
     tell: Callable[[str], None] = lambda _: None,
+    view: View | None = None,
 ) -> None:
     """Wait until these Deployments run what they ask for: every pod new, ready, and no old one serving.
 
+    `view`: shared with others that wait in this namespace.
+
     Raises Failed with the reason as soon as it is beyond doubt, and in any case after `timeout_s`.
     """
-    give_up = time.monotonic() + timeout_s
+    view = view or View(cluster, namespace)
+    began = time.monotonic()
+    give_up = began + timeout_s
     since: dict[tuple[str, str], float] = {}
     while True:
-        listed = cluster.find("Deployment", namespace)
+        listed, all_pods = view.look(after=began)
         found = {one["metadata"]["name"]: one for one in listed if one["metadata"]["name"] in deployments}
         missing = [name for name in deployments if name not in found]
-        waiting = [one for one in found.values() if not (rolled_out(one) and _all_there(cluster, one))]
+        waiting = [one for one in found.values() if not (rolled_out(one) and _all_there(one, all_pods))]
         if not waiting and not missing:
             return
         tell(_progress(found.values()))
         now = time.monotonic()
-        pods = [pod for one in waiting for pod in newest(_pods_of(cluster, one))]
+        pods = [pod for one in waiting for pod in newest(_pods_of(one, all_pods))]
         troubles = [*_of_deployments(waiting), *(t for pod in pods for t in pod_troubles(pod))]
         booting = any(trouble.reason == "Unschedulable" for trouble in troubles) and _booting(cluster)
         since = {
@@ -164,12 +196,12 @@ def await_rollout(
                 f"{names}: not ready within {timeout_s:.0f} s{_last_events(cluster, namespace, pods)}",
                 "a higher --timeout waits longer; `meshdemo up` again goes on from here",
             )
-        pause(0.2)
+        pause(_LOOK_S)
 
 
-def _all_there(cluster: Cluster, deployment: Manifest) -> bool:
+def _all_there(deployment: Manifest, pods: Iterable[Manifest]) -> bool:
     """Do the pods themselves bear out what a Deployment's status says? It lags behind a pod's deletion."""
-    ready = [pod for pod in _pods_of(cluster, deployment) if is_ready(pod)]
+    ready = [pod for pod in _pods_of(deployment, pods) if is_ready(pod)]
     return bool(len(ready) == deployment["spec"].get("replicas", 1))
 
 
@@ -222,9 +254,9 @@ def _progress(deployments: Iterable[Manifest]) -> str:
     return ", ".join(sorted(said))
 
 
-def _pods_of(cluster: Cluster, deployment: Manifest) -> list[Manifest]:
-    labels = ",".join(f"{k}={v}" for k, v in deployment["spec"]["selector"]["matchLabels"].items())
-    return cluster.find("Pod", deployment["metadata"]["namespace"], labels=labels)
+def _pods_of(deployment: Manifest, pods: Iterable[Manifest]) -> list[Manifest]:
+    wanted = deployment["spec"]["selector"]["matchLabels"].items()
+    return [pod for pod in pods if wanted <= pod["metadata"].get("labels", {}).items()]
 
 
 def newest(pods: Sequence[Manifest]) -> list[Manifest]:

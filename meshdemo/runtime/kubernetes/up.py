@@ -445,14 +445,19 @@ class _Up:
         while cluster.find("Pod", namespace, labels=labels) and self._left() > 1:
             pause(0.2)
 
+    @cached_property
+    def _view(self) -> apply.View:
+        return apply.View(self._runtime.cluster, self._runtime.namespace)
+
     def _start(self, key: str) -> Callable[[Callable[[str], None]], None]:
         def run(tell: Callable[[str], None]) -> None:
             name = key.replace("/", "-")
             deployments = [one for one in self._objects if one["kind"] == "Deployment"]
             self._runtime.cluster.apply(next(o for o in deployments if o["metadata"]["name"] == name))
             apply.await_rollout(
-                self._runtime.cluster, self._runtime.namespace, [name], timeout_s=self._left(), tell=tell
-            )
+                self._runtime.cluster, self._runtime.namespace, [name],
+                timeout_s=self._left(), tell=tell, view=self._view,
+            )  # fmt: skip
 
         return run
 
