@@ -357,7 +357,9 @@ class ControlClient:
 
     def rotate_identities(self, *, root: bool = False) -> Effect:
         """Give every sidecar a fresh key and certificate; with `root`, replace the root before."""
-        return self._effect("POST", "/v1/identity/rotate", {"root": root})
+        # For the root, sidecars confirm three times, and both roots are trusted for a while.
+        timeout_s = self._timeout_s + (20.0 if root else 0.0)
+        return self._effect("POST", "/v1/identity/rotate", {"root": root}, timeout_s=timeout_s)
 
     def access(self) -> list[AccessRow]:
         """Who may call whom, every pair of services that an app file or a command speaks of."""
@@ -376,10 +378,12 @@ class ControlClient:
         """Undo `eject`."""
         return self._effect("POST", "/v1/readmit", {"instance": instance})
 
-    def _effect(self, method: str, path: str, body: dict[str, Any]) -> Effect:
+    def _effect(
+        self, method: str, path: str, body: dict[str, Any], *, timeout_s: float | None = None
+    ) -> Effect:
         from meshdemo.control.model import Effect
 
-        return Effect.model_validate(self._call(method, path, body=body)["effect"])
+        return Effect.model_validate(self._call(method, path, body=body, timeout_s=timeout_s)["effect"])
 
     # -- load
 
