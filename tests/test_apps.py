@@ -117,3 +117,13 @@ def test_nothing_can_be_changed_at_an_open_path() -> None:
     service = {"port": 1, "open_paths": {"/x": ["PUT"]}, "versions": {"v1": {"command": ["x"]}}}
     with pytest.raises(ValueError, match="GET"):
         App.model_validate({"name": "a", "front": "b", "services": {"b": service}})
+
+
+def test_the_app_of_the_readme_is_sound(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    block = readme.partition("## An app of your own")[2].partition("```yaml\n")[2].partition("```")[0]
+    path = tmp_path / "shop.yaml"
+    path.write_text(block)
+    app = loader.load(str(path))
+    assert app.name == "shop"
+    assert app.services["store"].versions["v1"].instances == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -116,6 +117,13 @@ def test_the_exercise(mesh: Cli) -> None:
     assert ":doughnut:" not in board(mesh)
     # The release without it.
     mesh.run("up", "--version", "voting=v2")
+    begun = mesh.start("canary", "voting", "--to", "v2", "--steps", "50,100", "--hold", "60s")
+    assert begun.stdout is not None
+    assert "v2 gets 50% of the traffic of voting" in begun.stdout.readline()
+    begun.send_signal(signal.SIGINT)
+    said, _ = begun.communicate(timeout=mesh.deadline_s)
+    assert begun.returncode == 130
+    assert said.splitlines()[-1] == "stopped before its end: the traffic of voting is as it was: v1 100%"
     result = mesh.json("canary", "voting", "--to", "v2", "--steps", "50,100", "--hold", "3s")
     assert result["promoted"], result
     wait_for("nothing fails any more", lambda: success(mesh, "web", "--window", "3s")["web"] == 1)

@@ -131,12 +131,17 @@ class CanaryRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._mine:
-            # If that does not succeed, the control plane does it when the lease is over.
+        if not self._mine:
+            self._ended.set()
+        else:
+            stable = ", ".join(f"{name} {weight}%" for name, weight in self._stable.items())
+            after = f"the control plane gives it back after {_LEASE_S:g} s"  # when the lease is over
             with suppress(MeshdemoError, OSError):
                 self._restore()
+                after = f"the traffic of {self._service} is as it was: {stable}"
                 self._journal("interrupted", f"the canary of {self._version} was interrupted")
-        self._ended.set()
+            self._ended.set()
+            self._tell(f"stopped before its end: {after}")
 
     def _hold(self) -> None:
         """Renew the lease until the canary has ended. A thread of its own: whatever the canary waits for."""
