@@ -356,6 +356,13 @@ def test_stat(mesh: Mesh) -> None:
     assert "\x1b" not in shown
 
 
+@pytest.mark.parametrize("command", ["stat", "edges"])
+def test_no_name_is_left_out_on_a_narrow_terminal(mesh: Mesh, command: str) -> None:
+    shown = mesh(command, env={"COLUMNS": "30"}).stdout
+    assert "service-b" in shown
+    assert "…" not in shown
+
+
 def test_edges_access_traffic_and_faults(mesh: Mesh) -> None:
     assert mesh.json("edges")[0]["secured"] is True
     assert "✓ mTLS" in mesh("edges").stdout

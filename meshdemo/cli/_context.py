@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NAME = "mesh-demo"
 _PIPE_WIDTH = 240
+_LEAST_WIDTH = 80
 _COMMAND = re.compile(r"`meshdemo (?!check\b)([^`]*)`")
 
 
@@ -63,9 +64,20 @@ class Context:
         """stdout, for tables and text."""
         from rich.console import Console
 
-        # Into a pipe a table is as wide as it needs to be, not cut to the 80 columns that rich assumes.
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-        return Console(highlight=False, width=width)
+        # Into a pipe a table is as wide as it needs to be, not cut to the 80 columns that rich assumes; and
+        # where a terminal is too narrow for any table, rows that it breaks are better than names left out.
+        if not (sys.stdout.isatty() or "COLUMNS" in os.environ):
+            return Console(highlight=False, width=_PIPE_WIDTH)
+        return (
+            self.screen if self.screen.width >= _LEAST_WIDTH else Console(highlight=False, width=_LEAST_WIDTH)
+        )
+
+    @cached_property
+    def screen(self) -> Console:
+        """stdout as it is, for what fills a terminal and fits itself to its size."""
+        from rich.console import Console
+
+        return Console(highlight=False)
 
     @cached_property
     def stderr(self) -> Console:

@@ -63,9 +63,9 @@ def _live(context: _context.Context, top: Top, batches: Iterator[list[TapEvent]]
 
     def drawn() -> RenderableType:
         hint = Text("Ctrl-C ends; a busy mesh shows a sample of its requests", "dim", no_wrap=True)
-        return Group(hint, top.table(most=max(1, context.console.height - 3)))
+        return Group(hint, top.table(most=max(1, context.screen.height - 3)))
 
-    with Live(drawn(), console=context.console, screen=True, auto_refresh=False) as live:
+    with Live(drawn(), console=context.screen, screen=True, auto_refresh=False) as live:
         for batch in batches:
             _count(top, batch)
             live.update(drawn(), refresh=True)

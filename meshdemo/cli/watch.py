@@ -80,7 +80,7 @@ def _display(context: _context.Context, plain: bool) -> Display:
     from meshdemo.ui.live import LiveDisplay, PlainDisplay
 
     if context.chatty and not plain:
-        return LiveDisplay(context.console)
+        return LiveDisplay(context.screen)
     return PlainDisplay(context.say)
 
 

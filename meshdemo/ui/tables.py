@@ -28,7 +28,8 @@ def plain(*headings: str) -> Table:
     for heading in headings:
         justify: Any = "right" if heading.startswith(">") else "left"
         # A name is never cut: a row that does not fit is folded, and the terminal can be made wider.
-        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=heading.startswith(">"))
+        figures = heading.startswith(">")
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=figures, overflow="fold")
     return table
 
 
