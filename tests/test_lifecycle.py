@@ -447,6 +447,8 @@ def test_check(cli: Cli) -> None:
     checking = ("check", "--runtime", "kind")
     assert json.loads(cli.start(*checking, "-o", "json", PATH="/nowhere").communicate()[0])["ok"] is False
     assert "required and missing: docker, kind" in cli.run(*checking, status=3, PATH="/nowhere")
+    said = cli.run("check", PATH="/nowhere").splitlines()[-1]
+    assert said == "`meshdemo up` takes the local runtime: `kind` is not installed"
     assert not cli.home.exists()
 
 

@@ -34,6 +34,11 @@ def command(
             context.console.print(f"{mark} {one.name}: {escape(one.detail)}", soft_wrap=True)
             if one.remedy and not one.ok:
                 context.console.print(f"    {escape(one.remedy)}", soft_wrap=True)
+        if ok and runtime == "auto":
+            from meshdemo.runtime.select import choose
+
+            where, why = choose(runtime, context.name)
+            context.say(f"`meshdemo up` takes the {where.kind} runtime: {why}")
     if not ok:
         missing = ", ".join(one.name for one in found if one.required and not one.ok)
         raise Missing(f"required and missing: {missing}")
