@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshdemo.control import xds
-from meshdemo.control.discovery import Refused, Stream, envoys_words
+from meshdemo.control.discovery import Refused, Request, Stream, envoys_words
 from meshdemo.control.model import Instance
 
 KINDS: Mapping[str, type[Message]] = {
@@ -92,7 +92,7 @@ class Sidecar:
         )
         if error:
             request.error_detail.message = error
-        self.stream.receive(request)
+        self.stream.receive(Request.read(request.SerializeToString()))
 
     def step(self) -> bool:
         """Take one response in and answer it."""
@@ -204,9 +204,8 @@ def test_a_late_answer_to_a_superseded_response_changes_nothing() -> None:
     sidecar.stream.wanted = {**sidecar.stream.wanted, xds.ROUTES: (bundle(xds.ROUTES, outbound=""),)}
     first = sidecar.stream.next_response()
     assert first
-    late = DiscoveryRequest(type_url=xds.ROUTES, resource_names=["outbound"], response_nonce="1")
-    late.error_detail.message = "about the one before"
-    sidecar.stream.receive(late)
+    names = frozenset(["outbound"])
+    sidecar.stream.receive(Request(xds.ROUTES, names, nonce="1", error="about the one before"))
     assert not sidecar.stream.settled()
     assert sidecar.stream.nacks() == {}
     sidecar.nonce[xds.ROUTES] = DiscoveryResponse.FromString(first).nonce
@@ -257,22 +256,18 @@ def test_a_sidecar_that_comes_back_up_to_date_is_sent_little() -> None:
 def test_nobody_gets_what_is_not_theirs() -> None:
     stream = Stream(INSTANCE, snapshot({"a": "1"}))
     with pytest.raises(Refused, match="asks for the secret 'spiffe://m/ns/default/sa/other'"):
-        stream.receive(
-            DiscoveryRequest(
-                type_url=xds.SECRETS, resource_names=["identity", "spiffe://m/ns/default/sa/other"]
-            )
-        )
+        stream.receive(Request(xds.SECRETS, frozenset(["identity", "spiffe://m/ns/default/sa/other"])))
     claim = DiscoveryRequest(type_url=xds.CLUSTERS)
     claim.node.id = "j"
     with pytest.raises(Refused, match="says that it is 'j'"):
-        stream.receive(claim)
+        stream.receive(Request.read(claim.SerializeToString()))
     elsewhere = Stream(INSTANCE.model_copy(update={"id": "j.shop"}), snapshot({"a": "1"}))
-    elsewhere.receive(claim)  # a pod knows its name alone
+    elsewhere.receive(Request.read(claim.SerializeToString()))  # a pod knows its name alone
     claim.node.id = "shop"
     with pytest.raises(Refused, match="says that it is 'shop'"):
-        elsewhere.receive(claim)
+        elsewhere.receive(Request.read(claim.SerializeToString()))
     with pytest.raises(Refused, match=r"nothing of type 'x\.y'"):
-        stream.receive(DiscoveryRequest(type_url="x.y"))
+        stream.receive(Request("x.y"))
 
 
 CLUSTER_SETS = st.dictionaries(st.sampled_from("abcd"), st.sampled_from("12"), min_size=1)

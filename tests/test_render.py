@@ -325,6 +325,31 @@ def test_what_is_equal_is_the_same_object_and_a_change_touches_its_own_alone() -
     assert changed(Intent()) == {}
 
 
+def test_a_change_encodes_what_is_new_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer()
+    renderer.snapshots(MESH, Intent())
+    encoded: list[str] = []
+
+    def encode(type_url: str, resource: Message, real: Any = xds.encode) -> bytes:
+        encoded.append(xds.SHORT[type_url])
+        data: bytes = real(type_url, resource)
+        return data
+
+    monkeypatch.setattr(xds, "encode", encode)
+    for traffic, kind in ((Traffic(timeout_ms=5), "routes"), (Traffic(max_pending=5), "clusters")):
+        for _ in range(3):  # nothing changes: what is not asked for in the meantime must not be forgotten
+            renderer.snapshots(MESH, Intent())
+        encoded.clear()
+        renderer.snapshots(MESH, Intent(traffic={"voting": traffic}))
+        assert set(encoded) <= {"routes", "clusters"}, "the listeners of the instances stayed as they were"
+        assert encoded.count(kind) == 1
+    encoded.clear()
+    last = MESH.instances[-1].model_copy(update={"ready": False})
+    renderer.snapshots(MESH.model_copy(update={"instances": (*MESH.instances[:-1], last)}), Intent())
+    assert "listeners" not in encoded
+    assert encoded.count("endpoints") <= 1
+
+
 def test_limits_and_defaults_stand_in_the_clusters() -> None:
     snapshot = Renderer().snapshots(
         MESH, Intent(traffic={"service-b": Traffic(max_connections=7, outlier=False)})

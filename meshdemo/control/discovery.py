@@ -85,6 +85,24 @@ class Refused(Exception):
     """A sidecar asks for what its token does not entitle it to."""
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A DiscoveryRequest, as far as it is read."""
+
+    type_url: str
+    names: frozenset[str] = frozenset()
+    version: str = ""
+    nonce: str = ""
+    node: str = ""
+    error: str | None = None  # Envoy's words, if it rejects what it was sent
+
+    @staticmethod
+    def read(data: bytes) -> Request:
+        """From the wire. Raises DecodeError."""
+        # Sidecars with the same past ask in the same words, so most are read once for all of them.
+        return _remembered(data) if len(data) <= _REMEMBERED_BYTES else _read(data)
+
+
 @dataclass(slots=True)
 class _Subscription:
     """One type on one stream.
@@ -118,28 +136,27 @@ class Stream:
 
     # -- requests -----------------------------------------------------------------------------------------
 
-    def receive(self, request: DiscoveryRequest) -> None:
+    def receive(self, request: Request) -> None:
         """Take a request in: a subscription, an ACK or a NACK, and which names the sidecar wants now.
 
         Raises:
             Refused: it asks for a secret that is not its own, or claims to be another instance.
         """
-        type_url = request.type_url
-        names = _interned(tuple(request.resource_names))
-        self._check(request, names)
+        type_url, names = request.type_url, request.names
+        self._check(request)
         subscription = self._subscriptions.get(type_url)
         if subscription is None:
             subscription = self._subscriptions[type_url] = _Subscription(names=names, missing=names)
             wanted = self.wanted.get(type_url, ())
-            if type_url in xds.STATE_OF_THE_WORLD and request.version_info == _version(wanted):
+            if type_url in xds.STATE_OF_THE_WORLD and request.version == _version(wanted):
                 # It is back, with all that it should have. (Of other types it may lack some of it.)
                 subscription.sent = wanted
             return
-        if request.response_nonce != subscription.nonce:
+        if request.nonce != subscription.nonce:
             return  # about what has been superseded; the answer to the last response will come
         answered, subscription.waiting = subscription.waiting, False
-        if request.HasField("error_detail"):
-            subscription.nack = envoys_words(request.error_detail.message)
+        if request.error is not None:
+            subscription.nack = request.error
             if type_url == xds.CLUSTERS:
                 self._owed = frozenset()
         if names == subscription.names and not answered:
@@ -150,15 +167,15 @@ class Stream:
             subscription.missing = (subscription.missing & names) | (names - subscription.names)
         subscription.names = names
 
-    def _check(self, request: DiscoveryRequest, names: frozenset[str]) -> None:
+    def _check(self, request: Request) -> None:
         if request.type_url not in xds.ORDER:
             raise Refused(f"there is nothing of type '{request.type_url}'")
         # A pod knows its name, and not whether the mesh calls it by its namespace as well.
-        if request.node.id and request.node.id not in (self.instance.id, parted(self.instance.id, "")[0]):
-            raise Refused(f"says that it is '{request.node.id}'")
+        if request.node and request.node not in (self.instance.id, parted(self.instance.id, "")[0]):
+            raise Refused(f"says that it is '{request.node}'")
         if request.type_url == xds.SECRETS:
             own = _names(self.wanted.get(xds.SECRETS, ()))
-            for name in sorted(names - own):
+            for name in sorted(request.names - own):
                 raise Refused(f"asks for the secret '{name}'")
 
     # -- responses ----------------------------------------------------------------------------------------
@@ -171,9 +188,12 @@ class Stream:
                 continue
             if type_url in (xds.LISTENERS, xds.ROUTES) and self._clusters_unsettled():
                 return None  # what these refer to must be there first
+            wanted = self.wanted.get(type_url, ())
+            if subscription.sent is wanted and not subscription.missing:
+                continue  # as mostly
             names = self._due(type_url, subscription)
             if names is None:
-                subscription.sent = self.wanted.get(type_url, ())
+                subscription.sent = wanted
             else:
                 return self._respond(type_url, subscription, names)
         return None
@@ -228,8 +248,10 @@ class Stream:
 
     def settled(self) -> bool:
         """Has the sidecar answered everything, and is nothing left to send?"""
-        return not self._owes() and all(
-            not subscription.waiting and self._due(type_url, subscription) is None
+        if self._owes() or any(subscription.waiting for subscription in self._subscriptions.values()):
+            return False
+        return all(
+            self._due(type_url, subscription) is None
             for type_url, subscription in self._subscriptions.items()
         )
 
@@ -423,15 +445,15 @@ class Discovery:
     async def _converse(self, connection: _Connection) -> None:
         stream = connection.stream
         while (data := await connection.context.read()) is not grpc.aio.EOF:
-            request = DiscoveryRequest.FromString(data)
+            request = Request.read(data)
             stream.receive(request)
-            if request.HasField("error_detail"):
+            if request.error is not None:
                 self._journal(
                     {
                         "event": "rejected",
                         "instance": stream.instance.id,
                         "type": xds.SHORT[request.type_url],
-                        "reason": envoys_words(request.error_detail.message),
+                        "reason": request.error,
                     }
                 )
             await self._send(connection)
@@ -488,6 +510,19 @@ def _encoded(type_url: str, wanted: tuple[xds.Bundle, ...], names: frozenset[str
 
 def _version(bundles: tuple[xds.Bundle, ...]) -> str:
     return ".".join(bundle.version for bundle in bundles)
+
+
+def _read(data: bytes) -> Request:
+    message = DiscoveryRequest.FromString(data)
+    error = envoys_words(message.error_detail.message) if message.HasField("error_detail") else None
+    names = _interned(tuple(message.resource_names))
+    return Request(
+        message.type_url, names, message.version_info, message.response_nonce, message.node.id, error
+    )
+
+
+_REMEMBERED_BYTES = 8192  # what is longer is not kept: a sidecar may send megabytes
+_remembered = lru_cache(maxsize=256)(_read)
 
 
 @lru_cache(maxsize=256)

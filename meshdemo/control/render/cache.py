@@ -48,10 +48,17 @@ M = TypeVar("M", bound=Message)
 class Made(Generic[M]):
     """A parsed message. Compared by identity, which is cheap: equal input gives the same object."""
 
-    __slots__ = ("message",)
+    __slots__ = ("_encoded", "message")
 
     def __init__(self, message: M) -> None:
         self.message = message
+        self._encoded: bytes | None = None
+
+    def encoded(self, type_url: str) -> bytes:
+        """As it stands in a response; once, for it is in many bundles one after the other."""
+        if self._encoded is None:
+            self._encoded = xds.encode(type_url, self.message)
+        return self._encoded
 
     @property
     def name(self) -> str:
@@ -123,9 +130,7 @@ class Cache:
         """These messages as one bundle: the same object for as long as they are the same."""
         return self.once(
             ("bundle", *made),
-            lambda: self.interned(
-                type_url, xds.Bundle({one.name: xds.encode(type_url, one.message) for one in made})
-            ),
+            lambda: self.interned(type_url, xds.Bundle({one.name: one.encoded(type_url) for one in made})),
         )
 
     def interned(self, type_url: str, bundle: xds.Bundle) -> xds.Bundle:

@@ -81,32 +81,44 @@ class Renderer:
 
     def _snapshot(self, shared: Shared, of: ServiceParts, instance: Instance, mirrored: bool) -> xds.Snapshot:
         routes = inbound.routes(self._cache, of, instance, mirrored=mirrored)
-        where = (instance.host, instance.inbound_port, instance.outbound_port, instance.metrics_port)
-        app = (instance.app_host, instance.app_port)
+        # Asked for each time, so that they are still known when all else of the snapshot changes.
+        own = self._own_listeners(shared, of, instance)
+        endpoints = self._own_endpoints(shared, of, instance)
         return self._cache.once(
-            ("snapshot", instance.id, where, app, shared, of, routes),
-            lambda: self._assembled(shared, of, instance, routes),
+            ("snapshot", instance.id, shared, of, own, endpoints, routes),
+            lambda: _assembled(shared, of, own, endpoints, routes),
         )
 
-    def _assembled(
-        self, shared: Shared, of: ServiceParts, instance: Instance, routes: xds.Bundle
-    ) -> xds.Snapshot:
-        cache = self._cache
-        app = cache.endpoints("app", ((instance.app_host, instance.app_port),))
+    def _own_listeners(self, shared: Shared, of: ServiceParts, instance: Instance) -> xds.Bundle:
+        """The listeners that are the instance's own, or its service's."""
         if shared.listeners:
-            own = redirected.own(cache, of, instance.app_port)
-            aside = of.service.found.aside if of.service.found else ()
-            endpoints = [
-                app,
+            return redirected.own(self._cache, of, instance.app_port)
+        where = (instance.host, instance.inbound_port, instance.outbound_port, instance.metrics_port)
+        return self._cache.once(
+            ("own listeners", of.listeners, where),
+            lambda: self._cache.interned(xds.LISTENERS, of.listeners.at(instance)),
+        )
+
+    def _own_endpoints(self, shared: Shared, of: ServiceParts, instance: Instance) -> xds.Bundle:
+        """The endpoints of the app beside the sidecar."""
+        cache = self._cache
+        aside = of.service.found.aside if shared.listeners and of.service.found else ()
+        return cache.bundle(
+            xds.ENDPOINTS,
+            [
+                cache.endpoints("app", ((instance.app_host, instance.app_port),)),
                 *(cache.endpoints(f"aside:{port}", ((instance.app_host, port),)) for port in aside),
-            ]
-        else:
-            own = cache.interned(xds.LISTENERS, of.listeners.at(instance))
-            endpoints = [app]
-        return {
-            xds.RUNTIME: (shared.runtime,),
-            xds.CLUSTERS: (shared.clusters, of.app),
-            xds.ENDPOINTS: (shared.endpoints, cache.bundle(xds.ENDPOINTS, endpoints)),
-            xds.LISTENERS: (*shared.listeners, own),
-            xds.ROUTES: (shared.routes, routes),
-        }
+            ],
+        )
+
+
+def _assembled(
+    shared: Shared, of: ServiceParts, own: xds.Bundle, endpoints: xds.Bundle, routes: xds.Bundle
+) -> xds.Snapshot:
+    return {
+        xds.RUNTIME: (shared.runtime,),
+        xds.CLUSTERS: (shared.clusters, of.app),
+        xds.ENDPOINTS: (shared.endpoints, endpoints),
+        xds.LISTENERS: (*shared.listeners, own),
+        xds.ROUTES: (shared.routes, routes),
+    }
