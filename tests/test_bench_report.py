@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from meshdemo.bench import page, runner, tables
+from meshdemo.bench import page, runner, tables, up_kind
 from meshdemo.bench.machine import TOOLS
 from meshdemo.bench.model import (
     Bar,
@@ -61,8 +61,8 @@ def report(*suites: SuiteResult, load: float = 0.1) -> Report:
     return Report(1_700_000_000.0, (load, load, load), False, machine, suites or (result(),))
 
 
-def printed(of: Report) -> str:
-    console = Console(width=200, no_color=True, record=True, file=None, force_terminal=False)
+def printed(of: Report, width: int = 200) -> str:
+    console = Console(width=width, no_color=True, record=True, file=None, force_terminal=False)
     with console.capture() as capture:
         for part in (
             *tables.head(of),
@@ -115,6 +115,7 @@ def test_a_bar_may_be_about_another_alternative() -> None:
     sizes = Figure("s", "Last ACK", "ms", "lower", {"1,000": [300], "5,000": [2500]}, "1,000")
     assert sizes.verdict(Bar(500)) == "met"
     assert sizes.verdict(Bar(2000, alternative="5,000")) == "missed"
+    assert tables.bar_words(sizes, Bar(2000, alternative="5,000")) == "5,000: at most 2000 ms"
 
 
 # -- doubts -----------------------------------------------------------------------------------------------
@@ -167,13 +168,22 @@ def test_json_says_the_machine_and_why_not_to_believe() -> None:
 
 def test_the_table_shows_figures_ratios_and_verdicts() -> None:
     text = printed(report())
-    assert re.search(r"mesh +68\.0 +66\.0\.\.70\.0 +µs +- +- +✓ at most 1\.15 x envoy", text)
-    assert re.search(r"envoy +61\.0 +60\.0\.\.62\.0 +µs +1\.11", text)
-    assert re.search(r"mesh +85\.0 .*✗ at least 0\.87 x envoy", text)
+    assert "Median latency, one connection, µs  ✓ at most 1.15 x envoy\n" in text
+    assert re.search(r"mesh +68\.0 +66\.0\.\.70\.0 +- +-", text)
+    assert re.search(r"envoy +61\.0 +60\.0\.\.62\.0 +1\.11", text)
+    assert "Requests/s, requests/s  ✗ at least 0.87 x envoy\n" in text
+    assert re.search(r"mesh +85\.0 ", text)
     assert re.search(r"nothing +> 20 ", text)
     assert "left out: nginx: nginx is not installed (apt install nginx)" in text
     assert "A note." in text
     assert "too noisy to believe:" not in text
+
+
+def test_nothing_is_cut_on_a_terminal_of_80_columns() -> None:
+    wide, narrow = printed(report()), printed(report(), 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "…" not in narrow
+    assert narrow.split() == wide.split()
 
 
 def test_the_table_says_what_speaks_against_it() -> None:
@@ -259,6 +269,25 @@ def test_what_was_asked_for_wins() -> None:
     assert Scale(quick=True).rounds(10, quick=1) == 1
     assert Scale(quick=True, runs=4).rounds(10, quick=1) == 4
     assert Scale(quick=True, runs=4).seconds(10, quick=2) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "scale", "kind", "expected"),
+    [
+        (["up"], Scale(), False, 2),
+        (["up"], Scale(), True, 8),
+        (["up"], Scale(quick=True), True, 0.5),
+        (["fault", "up"], Scale(runs=1), True, 0.2 + 1.6),
+        (["controlplane"], Scale(large=True), True, 7),
+        (["heal"], Scale(alone=True), True, 13),
+        (["heal"], Scale(alone=True, runs=5), True, 13),
+    ],
+)
+def test_it_is_said_before_how_long_it_takes(
+    names: list[str], scale: Scale, kind: bool, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up_kind, "missing", lambda: None if kind else LeftOut("kind", "not installed"))
+    assert runner.minutes(names, scale) == pytest.approx(expected)
 
 
 def test_every_tool_says_how_to_get_it() -> None:

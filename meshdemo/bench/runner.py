@@ -27,21 +27,25 @@ class _Suite(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Roughly how long a suite takes (minutes) with the rounds that it chooses itself."""
+    """Roughly how long a suite takes (minutes), with so many rounds as it chooses itself."""
 
     minutes: float
     quick_minutes: float
+    rounds: int
+    kind_minutes: float = 0.0  # on top of it where kind is there
+    large_minutes: float = 0.0  # on top of it with --large
+    alone_minutes: float | None = None  # instead, with --alone
 
 
 SUITES: Mapping[str, About] = {
-    "overhead": About(5, 1),
-    "fault": About(2, 0.5),
-    "heal": About(35, 4),  # and 25 where kind is there
-    "controlplane": About(3, 1),
-    "up": About(2, 0.5),  # and 8 where kind is there
-    "load": About(4, 1),
-    "see": About(6, 1),
-    "steer": About(3, 0.5),
+    "overhead": About(5, 1, 5),
+    "fault": About(2, 0.5, 10),
+    "heal": About(24, 4, 5, kind_minutes=17, alone_minutes=13),
+    "controlplane": About(3, 1, 5, large_minutes=4),
+    "up": About(2, 0.5, 5, kind_minutes=6),
+    "load": About(3, 1, 3),
+    "see": About(6, 1, 5),
+    "steer": About(3, 0.5, 5),
 }
 
 
@@ -56,8 +60,29 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def minutes(names: Sequence[str], scale: Scale) -> float:
-    """Roughly how long these suites take, with the rounds that they choose themselves."""
-    return sum(SUITES[name].quick_minutes if scale.quick else SUITES[name].minutes for name in names)
+    """Roughly how long these suites take."""
+    with_kind = not scale.quick and any(SUITES[name].kind_minutes for name in names) and _kind_is_there()
+    return sum(_minutes(SUITES[name], scale, with_kind=with_kind) for name in names)
+
+
+def _minutes(about: About, scale: Scale, *, with_kind: bool) -> float:
+    if scale.quick:
+        base = about.quick_minutes
+    elif scale.alone and about.alone_minutes is not None:
+        base = about.alone_minutes
+    else:
+        base = about.minutes + (about.kind_minutes if with_kind else 0.0)
+    if scale.large:
+        base += about.large_minutes
+    if scale.runs is not None and not scale.quick:
+        base *= scale.runs / about.rounds
+    return base
+
+
+def _kind_is_there() -> bool:
+    from meshdemo.bench import up_kind
+
+    return up_kind.missing() is None
 
 
 def run(names: Sequence[str], scale: Scale, tell: Tell) -> Iterator[Report]:

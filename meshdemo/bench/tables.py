@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from meshdemo.bench.model import NOISE_RULE, Bar, Figure, Report, SuiteResult
 from meshdemo.bench.stats import Spread
-from meshdemo.ui import tables
 
 _NOTHING = "-"
 
@@ -46,7 +47,7 @@ def suite(result: SuiteResult) -> Iterator[RenderableType]:
     if result.error:
         yield Text(f"✗ it ended early: {result.error}", "red")
     if result.findings.figures:
-        yield _figures(result)
+        yield from _figures(result)
     for left_out in result.findings.left_out:
         yield Text(f"left out: {left_out.name}: {left_out.why}")
     for note in result.findings.notes:
@@ -65,27 +66,48 @@ def foot(report: Report) -> Iterator[RenderableType]:
     yield Text(NOISE_RULE, "dim")
 
 
-def _figures(result: SuiteResult) -> RenderableType:
-    table = tables.plain("FIGURE", "", ">MEDIAN", ">MIN..MAX", "UNIT", ">RATIO", ">MIN..MAX", "")
-    for figure in result.findings.figures:
-        for position, name in enumerate(figure.values):
-            lies, ratio = figure.spread(name), figure.ratio(name)
-            notes = Text()
-            for bar in figure.bars:
-                if name == (bar.alternative or figure.ours) or len(figure.values) == 1:
-                    notes.append_text(_verdict(figure, bar))
-            if figure.noisy(name):
-                notes.append("~ noisy", "yellow")
-            table.add_row(
-                f"{figure.title}{f' ({figure.note})' if figure.note else ''}" if not position else "",
-                Text(name, "bold" if name == figure.ours else ""),
-                value(lies.median, figure.observed),
-                span(lies, figure.observed),
-                figure.unit,
-                f"{ratio.median:.2f}" if ratio else _NOTHING,
-                span(ratio) if ratio else _NOTHING,
-                notes,
-            )
+_HEADINGS = ("", "MEDIAN", "MIN..MAX", "RATIO", "MIN..MAX", "")
+
+
+def _figures(result: SuiteResult) -> Iterator[RenderableType]:
+    """Each figure's name on a line of its own, so that nothing is cut on a terminal of 80 columns."""
+    figures = [(figure, _rows(figure)) for figure in result.findings.figures]
+    every = [_HEADINGS, *(tuple(map(str, row)) for _, rows in figures for row in rows)]
+    widths = [max(map(cell_len, cells)) for cells in zip(*every, strict=True)]
+    yield _table(widths, [], heading=True)
+    for figure, rows in figures:
+        title = Text(f"{figure.title}{f' ({figure.note})' if figure.note else ''}, {figure.unit}", "bold")
+        for bar in figure.bars:
+            title.append_text(_verdict(figure, bar))
+        yield title
+        yield _table(widths, rows)
+
+
+def _rows(figure: Figure) -> list[tuple[Text | str, ...]]:
+    rows: list[tuple[Text | str, ...]] = []
+    for name in figure.values:
+        lies, ratio = figure.spread(name), figure.ratio(name)
+        row = (
+            Text(f"  {name}", "bold" if name == figure.ours else ""),
+            value(lies.median, figure.observed),
+            span(lies, figure.observed),
+            value(ratio.median) if ratio else _NOTHING,
+            span(ratio) if ratio else _NOTHING,
+            Text("~ noisy", "yellow") if figure.noisy(name) else "",
+        )
+        rows.append(row)
+    return rows
+
+
+def _table(
+    widths: Sequence[int], rows: Sequence[Sequence[Text | str]], *, heading: bool = False
+) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=heading, header_style="bold")
+    for position, (name, width) in enumerate(zip(_HEADINGS, widths, strict=True)):
+        figures = 0 < position < len(widths) - 1
+        table.add_column(name, min_width=width, justify="right" if figures else "left", no_wrap=figures)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -94,15 +116,15 @@ def _verdict(figure: Figure, bar: Bar) -> Text:
     if verdict is None:
         return Text()
     mark, style = {"met": ("✓", "green"), "missed": ("✗", "red"), "unclear": ("?", "yellow")}[verdict]
-    return Text(f"{mark} {bar_words(figure, bar)}  ", style)
+    return Text(f"  {mark} {bar_words(figure, bar)}", style)
 
 
 def bar_words(figure: Figure, bar: Bar) -> str:
-    """A bar in words: `at most 1.15 x envoy`."""
+    """A bar in words: `at most 1.15 x envoy`; of another than ours, whose it is."""
+    whose = f"{bar.alternative}: " if bar.alternative and bar.alternative != figure.ours else ""
     limit = f"{bar.limit:g} x {bar.against}" if bar.against else f"{bar.limit:g} {figure.unit}"
-    return (
-        f"{'worst ' if bar.of == 'worst' else ''}at {'most' if figure.better == 'lower' else 'least'} {limit}"
-    )
+    most = "most" if figure.better == "lower" else "least"
+    return f"{whose}{'worst ' if bar.of == 'worst' else ''}at {most} {limit}"
 
 
 def value(number: float, observed: float | None = None) -> str:

@@ -43,8 +43,8 @@ def command(
 ) -> None:  # fmt: skip
     """What the mesh costs and how fast it heals, on this machine, next to the alternatives.
 
-    About an hour for all, of which heal is more than half (half an hour more where kind is
-    installed); ten minutes with --quick.
+    About fifty minutes for all, of which heal is half (twenty-five more where kind is installed); ten minutes
+    with --quick. How long it will take is said before.
     Everything runs in meshes of its own, which are gone afterwards.
     """
     from meshdemo.bench import runner
@@ -57,8 +57,9 @@ def command(
     if html is not None:
         _check_writable(html)
     scale = Scale(quick=quick, runs=runs, large=large, alone=alone)
-    if context.chatty and runs is None:
-        context.stderr.print(f"about {max(1, round(runner.minutes(names, scale)))} minutes")
+    if context.chatty:
+        about = max(1, round(runner.minutes(names, scale)))
+        context.stderr.print(f"about {about} minute{'s' if about > 1 else ''}")
     report = None
     try:
         with _context.stoppable(), _progress(context) as tell:
