@@ -7,18 +7,16 @@ comes from outside, through the gateway.
 
 from __future__ import annotations
 
-import os
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
-from meshdemo.apps import loader
 from meshdemo.bench import up_kind
 from meshdemo.bench.model import Bar, Figure, LeftOut
-from meshdemo.bench.stage import Stage, Tell, attempt, until
+from meshdemo.bench.stage import Stage, Tell, attempt, uninterrupted, until
 from meshdemo.bench.trial import (
     CRASH,
     CRASH_S,
@@ -33,7 +31,6 @@ from meshdemo.bench.trial import (
 )
 from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.runtime import faults
-from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
 from meshdemo.runtime.steps import run_steps
 
@@ -42,7 +39,6 @@ OBSERVED_S = 60.0  # three failed probes, and a container that ends and starts
 
 _PROBES = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3}
 _NEW_POD = ("errors", "slow", "hang")  # what is healed by a new pod, which may take longer
-_UP_S = 600.0
 _MEND_S = 120.0
 
 
@@ -72,25 +68,15 @@ def measure(stage: Stage, rounds: int, tell: Tell, failures: list[str]) -> list[
 
 @contextmanager
 def _mesh() -> Iterator[KubernetesRuntime]:
-    """A mesh on a kind cluster of its own; both are gone afterwards."""
-    runtime = KubernetesRuntime(f"bench-{secrets.token_hex(3)}", up_kind.KIND)
-    options = UpOptions(
-        name=runtime.name, app=loader.load("pair"), rps=0, timeout_s=_UP_S,
-        extra={
-            "observability": False, "base_image": os.environ.get("MESHDEMO_BASE_IMAGE"),
-            "kind_image": os.environ.get("MESHDEMO_KIND_IMAGE"),
-        },
-    )  # fmt: skip
-    try:
-        run_steps(runtime.steps(options))
-        container = {"name": "app", "livenessProbe": _PROBES}
-        runtime.cluster.patch(
-            "Deployment", f"{SERVICE}-v1", runtime.namespace,
-            {"spec": {"template": {"spec": {"containers": [container]}}}},
-        )  # fmt: skip
-        yield runtime
-    finally:
-        runtime.down()
+    """A mesh on a kind cluster of its own; both are gone afterwards, and its images."""
+    with up_kind.options(rps=0) as options:
+        runtime = KubernetesRuntime(options.name, up_kind.KIND)
+        try:
+            run_steps(runtime.steps(options))
+            yield runtime
+        finally:
+            with uninterrupted():
+                runtime.down()
 
 
 def _once(stage: Stage, runtime: KubernetesRuntime, fault: Fault, way: str) -> Outcome:
@@ -128,11 +114,35 @@ def _mend(runtime: KubernetesRuntime) -> None:
             for ejection in runtime.control().intent().ejections:
                 runtime.control().readmit(ejection.instance)
             rows = [row for row in runtime.control().status()["instances"] if row["service"] == SERVICE]
-            return len(rows) == len(_instances(runtime)) >= 2 and all(row["ready"] for row in rows)
+            ready = len(rows) == len(_instances(runtime)) >= 2 and all(row["ready"] for row in rows)
+            if ready and _has_default_probes(runtime):
+                return True
         time.sleep(1)
         return False
 
     until("the mesh on kind to be as it was", mended, _MEND_S)
+
+
+def _has_default_probes(runtime: KubernetesRuntime) -> bool:
+    """Whether all pods of the service have the probes' defaults; asks for it. Each new revision of the
+    service, that of a fault in the app too, has the mesh's own again."""
+    container = {"name": "app", "livenessProbe": _PROBES}
+    runtime.cluster.patch(
+        "Deployment", f"{SERVICE}-v1", runtime.namespace,
+        {"spec": {"template": {"spec": {"containers": [container]}}}},
+    )  # fmt: skip
+    deployment = runtime.cluster.get("Deployment", f"{SERVICE}-v1", runtime.namespace) or {}
+    return rolled_out(deployment)
+
+
+def rolled_out(deployment: Mapping[str, Any]) -> bool:
+    """Whether every pod of a Deployment is there, ready, and of its newest revision."""
+    status = deployment.get("status", {})
+    wanted = deployment.get("spec", {}).get("replicas", 1)
+    return bool(
+        status.get("observedGeneration", 0) >= deployment.get("metadata", {}).get("generation", 1)
+        and status.get("updatedReplicas") == status.get("readyReplicas") == status.get("replicas") == wanted
+    )
 
 
 def _figures(found: Mapping[tuple[str, str], Sequence[Outcome]]) -> list[Figure]:

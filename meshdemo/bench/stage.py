@@ -119,27 +119,23 @@ class Stage:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # From here on nothing may interrupt: a second Ctrl-C would only make the caller wait less.
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-        try:
-            assert self._guard is not None and self._guard.stdin is not None
-            self._guard.stdin.close()
-            with suppress(subprocess.TimeoutExpired):
-                self._guard.wait(_END_S)
-            for process in self._started:
+        with uninterrupted():
+            try:
+                assert self._guard is not None and self._guard.stdin is not None
+                self._guard.stdin.close()
                 with suppress(subprocess.TimeoutExpired):
-                    process.popen.wait(1.0)
-        finally:
-            for port in self._ports:
-                port.release()
-            for name, value in self._before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+                    self._guard.wait(_END_S)
+                for process in self._started:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.popen.wait(1.0)
+            finally:
+                for port in self._ports:
+                    port.release()
+                for name, value in self._before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
 
     # -- files and ports -----------------------------------------------------------------------------------
 
@@ -227,6 +223,18 @@ class Stage:
             yield runtime
         finally:
             runtime.down()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """No signal ends the block: a second Ctrl-C would only leave half of what was made behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def process_ids(runtime: LocalRuntime) -> dict[str, int]:

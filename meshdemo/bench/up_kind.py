@@ -20,7 +20,7 @@ from pathlib import Path
 from meshdemo.apps import loader
 from meshdemo.bench import machine
 from meshdemo.bench.model import Bar, Figure, LeftOut
-from meshdemo.bench.stage import Tell
+from meshdemo.bench.stage import Tell, uninterrupted
 from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.kubernetes import images, record
@@ -50,18 +50,18 @@ def measure(rounds: int, tell: Tell) -> list[Figure]:
     cold, warm, hand, alone = list[float](), list[float](), list[float](), list[float]()
     steps: dict[str, list[float]] = {}
     for number in range(rounds):
-        with _options() as options:
+        with options() as these:
             tell(f"kind, round {number + 1}: up, with no image built")
-            cold.append(_timed(_up, options)[0])
+            cold.append(_timed(_up, these)[0])
             tell(f"kind, round {number + 1}: up")
-            seconds, taken = _timed(_up, options)
+            seconds, taken = _timed(_up, these)
             warm.append(seconds)
             for title, step_s in taken.items():
                 steps.setdefault(title, []).append(step_s)
             tell(f"kind, round {number + 1}: by hand")
-            hand.append(_timed(_by_hand, options)[0])
+            hand.append(_timed(_by_hand, these)[0])
             tell(f"kind, round {number + 1}: {ALONE}")
-            alone.append(_timed(_alone, options)[0])
+            alone.append(_timed(_alone, these)[0])
     longer = [ours - bare for ours, bare in zip(warm, alone, strict=True)]
     return [
         Figure(
@@ -83,8 +83,9 @@ def _timed(
         steps = run(options)
         return time.monotonic() - began, steps
     finally:
-        Kind().delete(options.name, record.kubeconfig(options.name))
-        record.forget(options.name)
+        with uninterrupted():
+            Kind().delete(options.name, record.kubeconfig(options.name))
+            record.forget(options.name)
 
 
 def _up(options: UpOptions) -> Mapping[str, float]:
@@ -126,21 +127,22 @@ def _create(options: UpOptions) -> None:
 
 
 @contextmanager
-def _options() -> Iterator[UpOptions]:
+def options(rps: float | None = None) -> Iterator[UpOptions]:
     """A mesh to be brought up, with a base image of its own; its images are gone afterwards."""
     name = f"bench-{secrets.token_hex(3)}"
     base = f"{name}/base/image:1"
     try:
         _make_base(base)
         yield UpOptions(
-            name=name, app=loader.load("pair"), timeout_s=_MOST_S,
+            name=name, app=loader.load("pair"), rps=rps, timeout_s=_MOST_S,
             extra={
                 "registry": name, "observability": False, "base_image": base,
                 "kind_image": os.environ.get("MESHDEMO_KIND_IMAGE"),
             },
         )  # fmt: skip
     finally:
-        _remove_images(name)
+        with uninterrupted():
+            _remove_images(name)
 
 
 def _make_base(reference: str) -> None:

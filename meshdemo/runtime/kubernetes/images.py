@@ -233,7 +233,7 @@ def _pip_config(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """pip's settings, weakest first, as pip itself reads them (files and environment)."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"],
-        env=dict(environ), capture_output=True, text=True, timeout=20, check=False,
+        env=dict(environ), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     # Lines such as global.index-url='https://...' and :env:.index-url='https://...'
     for line in done.stdout.splitlines():
