@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from meshdemo.bench import controlplane, load, prometheus, see, steer, trial, up
+from meshdemo.bench.heal_kind import rolled_out
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import _Export
 from meshdemo.bench.stage import Stage, attempt, until
@@ -40,7 +41,8 @@ def test_a_few_simulated_sidecars_on_a_real_control_plane(monkeypatch: pytest.Mo
         findings = controlplane.run(stage, Scale(quick=True, runs=1), lambda line: None)
     figures = {one.key: one for one in findings.figures}
     assert list(figures) == [
-        f"controlplane.{key}" for key in ("route", "cluster", "endpoint", "cpu", "storm", "rest", "memory")
+        f"controlplane.{key}"
+        for key in ("route", "cluster", "endpoint", "cpu", "each", "storm", "rest", "memory")
     ], findings.notes
     for figure in figures.values():
         assert list(figure.values) == ["3 sidecars", "6 sidecars"], (figure, findings.notes)
@@ -148,6 +150,30 @@ def test_percentiles_are_found_in_what_the_clients_say() -> None:
         assert match
         found[client.name] = float(match[1]) * client.ms
     assert found == pytest.approx({"closed loop": 1.2505, "wrk": 1.25, "hey": 1.2})
+
+
+def test_a_deployment_is_rolled_out_when_all_pods_are_of_its_newest_revision() -> None:
+    counts = {"replicas": 2, "updatedReplicas": 2, "readyReplicas": 2}
+    done = {
+        "metadata": {"generation": 3}, "spec": {"replicas": 2},
+        "status": {**counts, "observedGeneration": 3},
+    }  # fmt: skip
+    assert rolled_out(done)
+    assert not rolled_out({**done, "metadata": {"generation": 4}})
+    for name, count in (("replicas", 3), ("updatedReplicas", 1), ("readyReplicas", 1)):
+        assert not rolled_out({**done, "status": {**counts, "observedGeneration": 3, name: count}})
+    assert not rolled_out({})
+
+
+def test_inject_is_measured_by_the_whole_process_of_a_thousand_documents() -> None:
+    with Stage() as stage:
+        manifests = stage.render("many.yaml.j2", count=3)
+        seconds, megabytes = up._inject(manifests)
+        assert 0.05 < seconds < 60
+        assert 20 < megabytes < 500
+        (stage.folder / "bad.yaml").write_text("a: [")
+        with pytest.raises(Failed, match="inject"):
+            up._inject(stage.folder / "bad.yaml")
 
 
 def test_the_steps_of_up_are_read() -> None:

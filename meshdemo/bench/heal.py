@@ -53,7 +53,7 @@ _NORMAL_ERRORS = 0.005  # on healthy traffic: half of what the objective allows
 
 def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
     """Measure. Raises MeshdemoError."""
-    rounds, left_out, failures = scale.rounds(10, quick=1), [], list[str]()
+    rounds, left_out, failures = scale.rounds(10 if scale.alone else 5, quick=1), [], list[str]()
     ways = [WATCH] if scale.alone else [WATCH, PROMETHEUS, OUTLIER, NOTHING]
     if scale.alone:
         left_out.append(LeftOut("the alternatives", "--alone leaves them out"))
@@ -81,7 +81,7 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
         if (no_kind := heal_kind.missing(quick=scale.quick)) is not None:
             left_out.append(no_kind)
         else:
-            figures += heal_kind.measure(stage, scale.rounds(3, quick=1), tell, failures)
+            figures += heal_kind.measure(stage, scale.rounds(2, quick=1), tell, failures)
     return Findings(
         figures=figures,
         left_out=left_out,

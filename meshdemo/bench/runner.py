@@ -45,7 +45,7 @@ SUITES: Mapping[str, About] = {
     "up": About(2, 0.5, 5, kind_minutes=6),
     "load": About(3, 1, 3),
     "see": About(6, 1, 5),
-    "steer": About(3, 0.5, 5),
+    "steer": About(3, 0.5, 10),
 }
 
 

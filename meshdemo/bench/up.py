@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -26,17 +27,28 @@ from meshdemo.runtime.local.runtime import LocalRuntime
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TITLE = "How long `up` takes, and what an idle mesh uses"
+TITLE = "How long `up` takes, what an idle mesh uses, and how long `inject` takes"
 
 LOCAL = "local"
 _SETTLE_S = 2.0
 _MOST_S = 120.0
+_DOCUMENTS = 1000
+
+# Run by a small process: what a child has had at most includes the memory of the process that made it, as
+# it was until it ran another program.
+_MEASURED = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""
 
 
 def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
     """Measure. Raises MeshdemoError."""
     up, down, stat = list[float](), list[float](), list[float]()
     cpu, memory = list[float](), list[float]()
+    inject_s, inject_mb = list[float](), list[float]()
     steps: dict[str, list[float]] = {}
     failures: list[str] = []
     for number in range(scale.rounds(5, quick=1)):
@@ -58,6 +70,13 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
                 down.append(_command(runtime, "down")[0])
             finally:
                 runtime.down()
+    manifests = stage.render("many.yaml.j2", count=_DOCUMENTS)
+    for number in range(scale.rounds(5, quick=1)):
+        tell(f"round {number + 1}, inject")
+        with attempt(f"round {number + 1}, inject", failures):
+            seconds, used = _inject(manifests)
+            inject_s.append(seconds)
+            inject_mb.append(used)
     figures, left_out = list[Figure](), list[LeftOut]()
     if scale.quick:
         left_out.append(LeftOut(up_kind.KIND, "it takes minutes, and this is a quick run"))
@@ -65,7 +84,7 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
         left_out.append(why)
     else:
         with attempt("kind", failures):
-            figures += up_kind.measure(scale.rounds(3, quick=1), tell)
+            figures += up_kind.measure(scale.rounds(2, quick=1), tell)
     if up:
         figures = [
             Figure("up.local", "`meshdemo up`", "s", "lower", {LOCAL: up}, LOCAL, [Bar(5)]),
@@ -75,6 +94,14 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
             Figure("up.cpu", "Idle mesh: processor, of one", "%", "lower", {LOCAL: cpu}, LOCAL, [Bar(20)]),
             Figure("up.memory", "Idle mesh: memory", "MB", "lower", {LOCAL: memory}, LOCAL, [Bar(700)]),
             *figures,
+        ]
+    if inject_s:
+        what = f"`meshdemo inject`, {_DOCUMENTS:,} documents"
+        figures += [
+            Figure("up.inject", f"{what}: processor time", "s", "lower", {LOCAL: inject_s}, LOCAL, [Bar(2)]),
+            Figure(
+                "up.inject.memory", f"{what}: memory", "MB", "lower", {LOCAL: inject_mb}, LOCAL, [Bar(200)]
+            ),
         ]
     return Findings(
         figures=figures,
@@ -100,6 +127,19 @@ def _command(runtime: LocalRuntime, *arguments: str) -> tuple[float, str]:
     if done.returncode:
         raise Failed(f"`meshdemo {arguments[0]}` failed: {' '.join(done.stderr.split())}")
     return time.monotonic() - began, done.stderr
+
+
+def _inject(manifests: Path) -> tuple[float, float]:
+    """Processor time (s) and most memory (MB) of a whole process of `meshdemo inject`. Raises Failed."""
+    command = [sys.executable, "-c", _MEASURED, sys.executable, "-P", "-m", "meshdemo", "inject"]
+    done = subprocess.run(
+        [*command, str(manifests)], capture_output=True, text=True, check=False, timeout=_MOST_S,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if done.returncode:
+        raise Failed(f"`meshdemo inject` failed: {' '.join(done.stderr.split())[:300]}")
+    seconds, most = map(float, done.stdout.split())
+    return seconds, most / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _steps(said: str) -> Mapping[str, float]:
