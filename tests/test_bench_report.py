@@ -115,6 +115,17 @@ def test_a_bar_may_be_about_another_alternative() -> None:
     sizes = Figure("s", "Last ACK", "ms", "lower", {"1,000": [300], "5,000": [2500]}, "1,000")
     assert sizes.verdict(Bar(500)) == "met"
     assert sizes.verdict(Bar(2000, alternative="5,000")) == "missed"
+    assert sizes.verdict(Bar(2000, alternative="10,000")) is None
+
+
+def test_there_is_no_verdict_on_what_was_not_measured() -> None:
+    rate = Figure("r", "Rate", "", "higher", {"wrk": [900]}, "mesh", [Bar(800), Bar(0.5, against="wrk")])
+    assert [rate.verdict(bar) for bar in rate.bars] == [None, None]
+    assert replace(rate, ours="").verdict(Bar(800)) == "met"
+
+
+def test_a_bar_of_another_says_whose_it_is() -> None:
+    sizes = Figure("s", "Last ACK", "ms", "lower", {"1,000": [300], "5,000": [2500]}, "1,000")
     assert tables.bar_words(sizes, Bar(2000, alternative="5,000")) == "5,000: at most 2000 ms"
 
 

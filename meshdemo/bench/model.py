@@ -62,8 +62,10 @@ class Figure:
         return spread(pairs) if pairs else None
 
     def verdict(self, bar: Bar) -> Verdict | None:
-        """Whether ours keeps to a bar; unclear if the bar lies within the middle half of noisy values."""
-        values = list(self.values.get(bar.alternative or self.ours, next(iter(self.values.values()))))
+        """Whether ours (the only one's, if none is ours) keeps to a bar; unclear if the bar lies within the
+        middle half of noisy values, None if it was not measured."""
+        name = bar.alternative or self.ours or next(iter(self.values), "")
+        values = list(self.values.get(name, ()))
         if bar.against is not None:
             values = ratios(values, self.values.get(bar.against, ()))
         if not values:
