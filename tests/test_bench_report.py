@@ -124,6 +124,15 @@ def test_there_is_no_verdict_on_what_was_not_measured() -> None:
     assert replace(rate, ours="").verdict(Bar(800)) == "met"
 
 
+def test_what_failed_in_every_round_takes_nothing_else_along() -> None:
+    half = Figure("a", "A", "s", "lower", {"mesh": [1.0], "wrk": []}, "mesh", [Bar(2)])
+    findings = Findings([half, Figure("b", "B", "s", "lower", {"mesh": []}, "mesh")], notes=["not measured"])
+    measured = findings.measured()
+    assert {one.key: dict(one.values) for one in measured.figures} == {"a": {"mesh": [1.0]}}
+    assert measured.notes == ["not measured"]
+    assert "✓ at most 2 s" in printed(report(replace(result(), findings=measured)))
+
+
 def test_a_bar_of_another_says_whose_it_is() -> None:
     sizes = Figure("s", "Last ACK", "ms", "lower", {"1,000": [300], "5,000": [2500]}, "1,000")
     assert tables.bar_words(sizes, Bar(2000, alternative="5,000")) == "5,000: at most 2000 ms"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from meshdemo.bench.stats import NOISY_SPREAD, Spread, ratios, spread
@@ -164,6 +164,14 @@ class Findings:
     curves: Sequence[Curves] = ()
     left_out: Sequence[LeftOut] = ()
     notes: Sequence[str] = ()
+
+    def measured(self) -> Findings:
+        """These without the alternatives, and the figures, of which every round failed (the notes say so)."""
+        with_values = [
+            replace(one, values={name: values for name, values in one.values.items() if values})
+            for one in self.figures
+        ]
+        return replace(self, figures=[one for one in with_values if one.values])
 
 
 @dataclass(frozen=True, slots=True)

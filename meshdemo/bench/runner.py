@@ -101,7 +101,7 @@ def _run_one(name: str, scale: Scale, tell: Tell) -> SuiteResult:
     findings, error = Findings(), ""
     try:
         with Stage() as stage:
-            findings = suite.run(stage, scale, tell)
+            findings = suite.run(stage, scale, tell).measured()
     except TROUBLE as raised:
         error = str(raised)
     seconds, stolen = time.monotonic() - began, steal.share()
