@@ -67,6 +67,8 @@ def common(mesh: str) -> dict[str, Any]:
         "sidecar_args": [
             "--config-path", f"{CONFIG_FOLDER}/bootstrap.yaml", "--service-node", "$(POD_NAME)",
             "--concurrency", "1", "--disable-hot-restart", "--log-level", "warning",
+            # As on the local runtime: its warnings of deprecated fields say the same with every push.
+            "--component-log-level", "misc:error",
         ],
         "folders": {"config": CONFIG_FOLDER, "run": RUN_FOLDER, "state": STATE_FOLDER, "api": API_FOLDER},
     }  # fmt: skip
