@@ -273,7 +273,7 @@ def test_an_injected_app_is_part_of_the_mesh_in_whatever_namespace(mesh: Mesh) -
     def only_blue_is_called() -> bool:
         for _ in range(5):
             get(mesh, "/work", "blue.test")
-        rows = {one["service"]: one for one in mesh.json("stat", "--window", "3s")}
+        rows = {one["service"]: one for one in mesh.json("stat", "--window", "30s")}
         blue, green = rows["shop.blue"], rows.get("shop.green")
         return bool(blue["requests"] >= 5 and blue["success_rate"] == 1 and not (green and green["requests"]))
 
