@@ -1212,6 +1212,32 @@ def test_autoscalers_are_found_by_what_they_scale(server: ApiServer) -> None:
     assert apply.autoscalers(server.cluster(), "n") == {}
 
 
+def test_what_up_made_is_removed_from_a_cluster_without_the_gateway_api(server: ApiServer) -> None:
+    of_mesh = {"name": "m", "labels": {MESH_LABEL: "m"}}
+    there = {"namespace": True}
+
+    def gone(request: kmock.Request) -> Any:
+        there["namespace"] = False
+        return {}
+
+    rbac = "/apis/rbac.authorization.k8s.io/v1"
+    for path in (f"{rbac}/clusterrolebindings", f"{rbac}/clusterroles"):
+        server.answer(f"get {path}", listing({"metadata": of_mesh}))
+        server.answer(f"delete {path}/m", {})
+    server.answer("get /apis/networking.k8s.io/v1/ingressclasses", listing())
+    # What there is no kind of is not there: the server knows no such path.
+    missing = Refusal(404, "NotFound", "the server could not find the requested resource")
+    server.answer("get /apis/gateway.networking.k8s.io/v1/gatewayclasses", missing)
+    absent = Refusal(404, "NotFound", "namespaces not found")
+    server.answer("get /api/v1/namespaces/m", lambda: {"metadata": of_mesh} if there["namespace"] else absent)
+    server.answer("delete /api/v1/namespaces/m", gone)
+    server.answer("get /api/v1/configmaps", listing())
+    server.answer("get /api/v1/pods", listing())
+    found = record.Record(kind="kubernetes", mesh="m")
+    removed = up._remove_objects(server.cluster(), found, [])
+    assert removed == ["ClusterRoleBinding m", "ClusterRole m", "namespace m"]
+
+
 def test_an_event_is_left_on_what_it_is_about(server: ApiServer) -> None:
     server.answer("post /api/v1/namespaces/n/events", {})
     about = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "b-1", "namespace": "n", "uid": "u"}}

@@ -585,7 +585,7 @@ def _remove_objects(cluster: Cluster, found: Record, notes: list[str]) -> list[s
     removed = []
     labels = f"{names.MESH}={found.mesh}"
     for kind in ("ClusterRoleBinding", "ClusterRole", "IngressClass", "GatewayClass"):
-        for one in cluster.find(kind, labels=labels):
+        for one in _all_of(cluster, kind, labels):
             cluster.delete(kind, one["metadata"]["name"])
             removed.append(f"{kind} {one['metadata']['name']}")
     namespace = cluster.get("Namespace", found.namespace)
@@ -603,6 +603,16 @@ def _remove_objects(cluster: Cluster, found: Record, notes: list[str]) -> list[s
             raise Failed(f"the namespace '{found.namespace}' is still there after {_GONE_S:.0f} s")
         time.sleep(0.5)
     return [*removed, f"namespace {found.namespace}", *_remove_handouts(cluster, found, notes)]
+
+
+def _all_of(cluster: Cluster, kind: str, labels: str) -> list[Manifest]:
+    """All objects of a kind that the cluster may not have."""
+    try:
+        return cluster.find(kind, labels=labels)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return []
 
 
 def _remove_handouts(cluster: Cluster, found: Record, notes: list[str]) -> list[str]:
