@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import random
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -221,3 +224,36 @@ def test_closing_does_not_wait_for_a_webhook_that_hangs(monkeypatch: pytest.Monk
     assert time.monotonic() - began < 5
     assert "too slow" in complaints.get_nowait()
     let_go.set()
+
+
+def test_a_signal_at_any_moment_leaves_nothing_locked() -> None:
+    """A signal whose handler raises may come while a queue that the main thread reads is locked: if it stayed
+    so, watch could say nothing any more, and would never end."""
+    told = watch(MadeUp(SimMesh(1)))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    rng = random.Random(1)
+    try:
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 1e-4))
+                while True:
+                    with contextlib.suppress(queue.Empty):
+                        told.events.get(timeout=1e-3)
+                    told.views.empty()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            teller = threading.Thread(
+                target=lambda: (told.events.put(None), told.views.put(None)), daemon=True
+            )
+            teller.start()
+            teller.join(10)
+            assert not teller.is_alive(), "nobody can say anything any more"
+            told.events.get()
+            told.views.get()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -151,8 +151,9 @@ class Watch:
     """
 
     def __init__(self, runtime: Runtime, settings: Settings, fault_words: Callable[[Fault], str]) -> None:
-        self.events: queue.Queue[Event | None] = queue.Queue()
-        self.views: queue.Queue[WatchView] = queue.Queue()
+        # Read by the main thread, which signals interrupt at any moment: not queues that Python locks.
+        self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.views: queue.SimpleQueue[WatchView] = queue.SimpleQueue()
         self.outcome = Outcome()
         self._journal: Journalist | None = None
         self.error: BaseException | None = None
