@@ -89,11 +89,13 @@ def test_a_split_whose_holder_falls_silent_goes_back_by_itself(
     client.lease_split("service-b", {"v1": 70, "v2": 30}, lease("x", begins=True))
     ends = time.monotonic() + 2.5
     while time.monotonic() < ends:  # for longer than it lasts, but renewed
-        assert client.renew_lease("service-b", "x") == {"held": True, "split": {"v1": 70, "v2": 30}}
+        held = client.renew_lease("service-b", "x")
+        assert held == {"held": True, "ran_out": False, "split": {"v1": 70, "v2": 30}}
         time.sleep(0.1)
     until(lambda: split_of(client) == {"v1": 100, "v2": 0}, "the split to go back")
     assert client.traffic()["service-b"].timeout_ms == 5000
-    assert not client.renew_lease("service-b", "x")["held"]
+    lost = client.renew_lease("service-b", "x")
+    assert lost == {"held": False, "ran_out": True, "split": {"v1": 100, "v2": 0}}
     event = until(
         lambda: [e for e in client.events(seq).events if e["event"] == "canary"], "the journal to tell"
     )[0]
@@ -114,7 +116,8 @@ def test_a_split_is_held_by_one_and_whoever_else_sets_it_takes_it(client: Contro
     client.set_traffic("service-b", {"retries": 1})  # is about something else
     assert client.renew_lease("service-b", "x")["held"]
     client.set_traffic("service-b", {"split": {"v1": 50, "v2": 50}})
-    assert client.renew_lease("service-b", "x") == {"held": False, "split": {"v1": 50, "v2": 50}}
+    lost = client.renew_lease("service-b", "x")
+    assert lost == {"held": False, "ran_out": False, "split": {"v1": 50, "v2": 50}}
     with pytest.raises(Failed, match="not held"):
         client.lease_split("service-b", {"v1": 0, "v2": 100}, lease("x", ends=True))
     time.sleep(1.5)  # longer than the lease lasted

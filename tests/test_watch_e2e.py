@@ -324,6 +324,22 @@ def test_an_interrupted_canary_leaves_stable_with_all_traffic(calm: Cli, number:
     process.communicate()
 
 
+def test_a_canary_that_was_starved_says_that_its_lease_ran_out(calm: Cli) -> None:
+    process = calm.start(
+        "canary", "service-b", "--to", "v2", "--steps", "30,100", "--hold", "60s", "-o", "json"
+    )
+    wait_for("the shift", lambda: split(calm).get("v2") == 30)
+    process.send_signal(signal.SIGSTOP)
+    wait_for("stable with all traffic", lambda: split(calm) == {"v1": 100, "v2": 0})
+    process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate(timeout=DEADLINE_S)
+    outcome = json.loads(out)
+    assert (process.returncode, outcome["promoted"]) == (1, False)
+    assert "ran out" in outcome["reason"]
+    assert "somebody else" not in outcome["reason"]
+    assert split(calm) == {"v1": 100, "v2": 0}
+
+
 def test_a_split_that_somebody_else_changes_is_theirs(calm: Cli) -> None:
     process = calm.start(
         "canary", "service-b", "--to", "v2", "--steps", "30,100", "--hold", "60s", "-o", "json"

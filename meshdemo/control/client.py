@@ -115,6 +115,7 @@ class LeaseRow(TypedDict):
     """Is the split of a service still held by whoever asked, and what is it."""
 
     held: bool
+    ran_out: bool  # not held any more, since it was not renewed in time
     split: dict[str, int]
 
 

@@ -29,6 +29,7 @@ from meshdemo.control import xds
 from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Nack, Outcome
 from meshdemo.control.identity import Authenticator, Authority, Certificate, TokenHashes, bearer, spiffe_id
 from meshdemo.control.intent import Intents, IntentStore, Overtaken, expire_faults, expire_leases, forget_gone
+from meshdemo.control.leases import Leases
 from meshdemo.control.model import Effect, Instance, Intent, MeshState, SplitLease
 from meshdemo.control.render.renderer import Renderer
 from meshdemo.control.render.split import real_share
@@ -119,7 +120,7 @@ class ControlPlane:
         self._intent_changed = asyncio.Event()
         self._lifetime_changed = asyncio.Event()
         self._timers: list[asyncio.Task[None]] = []
-        self._lease_ends: dict[str, tuple[str, float]] = {}  # service -> owner, on the monotonic clock
+        self._leases = Leases()
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -493,34 +494,15 @@ class ControlPlane:
                     }
                 )
 
-    async def renew_lease(self, service: str, owner: str) -> bool:
-        """Go on holding the split of a service; False: it is not theirs any more."""
-        lease = self._intent.leases.get(service)
-        if lease is None or lease.owner != owner:
-            return False
-        self._lease_ends[service] = (owner, time.monotonic() + lease.lasts_s)
-        return True
-
-    def _leases_over(self) -> tuple[list[str], float | None]:
-        """The services whose leases are over, and the seconds until the next may be."""
-        now, over, waits = time.monotonic(), [], []
-        ends: dict[str, tuple[str, float]] = {}
-        for service, lease in self._intent.leases.items():
-            owner, end = self._lease_ends.get(service, ("", 0.0))
-            if owner != lease.owner:
-                end = now + lease.lasts_s
-            ends[service] = (lease.owner, end)
-            if end <= now:
-                over.append(service)
-            else:
-                waits.append(end - now)
-        self._lease_ends = ends
-        return over, min(waits, default=None)
+    async def renew_lease(self, service: str, owner: str) -> tuple[bool, bool]:
+        """Go on holding the split of a service: is it still theirs, and if not, did the lease run out?"""
+        held = self._leases.renew(self._intent, service, owner)
+        return held, not held and self._leases.ran_out(service, owner)
 
     async def _expire_leases(self) -> None:
         """Give traffic back that somebody was shifting of whom nothing is heard any more."""
         while True:
-            over, wait_s = self._leases_over()
+            over, wait_s = self._leases.over(self._intent)
             if not over:
                 # Looked at twice a second while there is any; a change of the intent is seen so, too.
                 await asyncio.sleep(min(wait_s or 0.5, 0.5))
@@ -530,6 +512,8 @@ class ControlPlane:
 
             def expire(intent: Intent, _: MeshState, leases: Mapping[str, SplitLease] = leases) -> Intent:
                 still = [name for name, lease in leases.items() if intent.leases.get(name) == lease]
+                for name in still:  # before anybody can see that it is not held any more
+                    self._leases.ended(name, leases[name].owner)
                 return expire_leases(intent, still, self._clock())
 
             try:

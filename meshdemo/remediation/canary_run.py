@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from meshdemo.control.client import ControlClient
+from meshdemo.control.client import ControlClient, LeaseRow
 from meshdemo.errors import BadInput, Failed, MeshdemoError
 from meshdemo.remediation.canary import Canary, Decision
 from meshdemo.remediation.choose import shares
@@ -82,7 +82,7 @@ class CanaryRun:
         self._canary = Canary(objectives, version, steps, hold_s)
         self._owner = secrets.token_hex(8)
         self._mine = False  # the split is ours to take back
-        self._taken: Mapping[str, int] | None = None  # what it is since it is not ours any more
+        self._lost_to: LeaseRow | None = None  # what was said when it was not ours any more
         self._ended = threading.Event()
 
     def _stable_split(self) -> dict[str, int]:
@@ -151,7 +151,7 @@ class CanaryRun:
             with suppress(MeshdemoError, OSError):
                 answer = self._client.renew_lease(self._service, self._owner)
                 if not answer["held"]:
-                    self._taken = answer["split"]
+                    self._lost_to = answer
 
     def _lease(self, **more: bool) -> dict[str, Any]:
         return {
@@ -184,7 +184,7 @@ class CanaryRun:
             try:
                 batch = self._client.samples(seq, wait_s=_POLL_S)
                 seq, heard = batch.seq, time.monotonic()
-                if self._taken is not None:
+                if self._lost_to is not None:
                     return self._leave()
             except (MeshdemoError, OSError) as error:
                 if time.monotonic() - heard > _AWAY_S:
@@ -249,16 +249,23 @@ class CanaryRun:
         except (MeshdemoError, OSError):
             return False
         if not answer["held"]:
-            self._taken = answer["split"]
+            self._lost_to = answer
         return not answer["held"]
 
     def _leave(self) -> CanaryOutcome:
         """Somebody else has taken over the split, or it was given back: it is not ours any more."""
         self._mine = False
-        words = ", ".join(f"{name}={weight}" for name, weight in (self._taken or {}).items()) or "none"
-        return self._outcome(
-            False, f"the split was changed by somebody else (now: {words}), and is left as it is"
-        )
+        lost = self._lost_to
+        split = lost["split"] if lost is not None else {}
+        now = ", ".join(f"{name}={weight}" for name, weight in split.items()) or "none"
+        if lost is not None and lost["ran_out"]:
+            reason = (
+                f"the lease of the split ran out, not renewed within {_LEASE_S:g} s (was this process "
+                f"stopped, or the machine too busy?); the control plane gave the traffic back (now: {now})"
+            )
+        else:
+            reason = f"the split was changed by somebody else (now: {now}), and is left as it is"
+        return self._outcome(False, reason)
 
     def _end(self, decision: Decision) -> CanaryOutcome:
         if decision.kind == "promoted":

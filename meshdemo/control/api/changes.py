@@ -80,11 +80,11 @@ def set_traffic(service: str) -> Response:
 
 @views.post("/v1/traffic/<service>/lease")
 def renew_lease(service: str) -> Response:
-    """Go on holding the split; `held` says whether it still is."""
+    """Go on holding the split; `held` says whether it still is, `ran_out` whether for want of renewal."""
     mesh, asked = control(), body(_LeaseBody)
-    held = mesh.run(mesh.plane.renew_lease(service, asked.owner))
+    held, ran_out = mesh.run(mesh.plane.renew_lease(service, asked.owner))
     traffic = mesh.intent.traffic.get(service, Traffic())
-    return jsonify({"held": held, "split": traffic.split})
+    return jsonify({"held": held, "ran_out": ran_out, "split": traffic.split})
 
 
 @views.get("/v1/access")
