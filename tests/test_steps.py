@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -83,6 +84,26 @@ def test_a_waiting_step_is_told_to_give_up_before_the_undoing() -> None:
         run_steps([Step("waits", wait, book.writes("undo waits")), Step("fails", fail)])
     assert book.lines == ["gave up", "undo waits"]
     assert time.monotonic() - started < 20
+
+
+def test_a_step_is_waited_for_as_long_as_it_may_take_to_give_up() -> None:
+    book, over = Book(), threading.Event()
+
+    def clean_up() -> None:
+        with suppress(Cancelled):
+            pause(600)
+        assert deaf_is_given_up.wait(20)
+        book.lines.append("cleaned up")
+
+    deaf_is_given_up = threading.Event()
+    threading.Timer(1.0, deaf_is_given_up.set).start()
+    deaf = Step("deaf", lambda: void(over.wait(20)), settle_s=0.1)
+    try:
+        with pytest.raises(Failed, match="no"):
+            run_steps([deaf, Step("cleans up", clean_up, settle_s=20), Step("fails", _raises(Failed("no")))])
+    finally:
+        over.set()
+    assert book.lines == ["cleaned up"]
 
 
 def test_keyboard_interrupt_undoes_too() -> None:

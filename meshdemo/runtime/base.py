@@ -25,6 +25,7 @@ class Step:
     undo: Callable[[], None] | None = None
     after: Sequence[str] = ()
     detail: Callable[[], str] | None = None  # what it is doing right now, for whoever watches
+    settle_s: float = 5.0  # how long it is waited for once it was told to give up
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from meshdemo.runtime.base import Step
 
-_SETTLE_S = 5.0  # how long a failed run waits for the steps under way before it undoes them
-
 _cancelled: ContextVar[threading.Event | None] = ContextVar("cancelled", default=None)
 
 
@@ -108,12 +106,15 @@ class _Run:
         )
 
     def settle(self) -> None:
-        """Tell the steps under way to give up and wait for them, within reason."""
+        """Tell the steps under way to give up and wait for them, each as long as it may take for that."""
         self.cancelled.set()
-        give_up = time.monotonic() + _SETTLE_S
-        while self.running and (left := give_up - time.monotonic()) > 0:
+        told = time.monotonic()
+        while self.running:
+            # One that is not running any more has its outcome there, or all but.
+            under_way = [one.step.settle_s for one in self.steps if one.state == "running"]
+            left_s = told + max(under_way, default=1.0) - time.monotonic()
             try:
-                self.take_outcome(left)
+                self.take_outcome(max(0.0, left_s))
             except queue.Empty:
                 return
 

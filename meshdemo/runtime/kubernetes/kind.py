@@ -21,6 +21,8 @@ from meshdemo.errors import Failed, Missing
 from meshdemo.runtime.steps import pause
 
 OLDEST = (0, 23)  # its nodes run Kubernetes 1.30, the first with all that the manifests ask for
+CLEAR_S = 30.0  # how long removing what a killed kind began may take
+_QUIET_S = 3.0  # without a new container for so long, Docker is not at work on any
 
 Tell = Callable[[str], None]
 
@@ -75,7 +77,8 @@ class Kind:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            self.delete(cluster, kubeconfig)
+            tell("removing what there is of it")
+            self._clear(cluster, kubeconfig)
             raise
         if process.returncode:
             said = [line for line in _lines(log) if not re.match(r"\s*[✓•✗]", line)]
@@ -83,6 +86,21 @@ class Kind:
                 "kind could not make the cluster:" + "".join(f"\n  | {line}" for line in said[-8:]),
                 "`kind create cluster --retain` keeps the nodes for a look; --kind-image takes another image",
             )
+
+    def _clear(self, cluster: str, kubeconfig: Path) -> None:
+        """Remove what a kind that was killed has begun.
+
+        Docker makes a container that it was asked for even when whoever asked is gone, so one may come up
+        after its cluster was deleted: it is looked for until none has come for a while.
+        """
+        give_up = time.monotonic() + CLEAR_S
+        self.delete(cluster, kubeconfig)
+        quiet_since = time.monotonic()
+        while time.monotonic() < min(quiet_since + _QUIET_S, give_up):
+            time.sleep(0.2)  # not `pause`: this is the giving up
+            if self.nodes(cluster):
+                self.delete(cluster, kubeconfig)
+                quiet_since = time.monotonic()
 
     def export(self, cluster: str, kubeconfig: Path) -> None:
         """Write the access to a cluster to a file of ours."""

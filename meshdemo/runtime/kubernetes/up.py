@@ -27,7 +27,7 @@ from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.resources import DEFAULT_POLICY
 from meshdemo.runtime.base import Step, UpOptions
 from meshdemo.runtime.kubernetes import apply, images, manifests, record
-from meshdemo.runtime.kubernetes.kind import Kind
+from meshdemo.runtime.kubernetes.kind import CLEAR_S, Kind
 from meshdemo.runtime.kubernetes.record import Record
 from meshdemo.runtime.kubernetes.specs import deployment_of
 from meshdemo.runtime.local import spec as specs
@@ -174,9 +174,11 @@ class _Up:
         on_kind = self._runtime.kind == "kind"
         found: list[Step] = []
 
-        def step(title: str, run: Callable[[Callable[[str], None]], None], *after: Step) -> Step:
-            detail = _Detail()
-            made = Step(title, lambda: run(detail.tell), after=[one.title for one in after], detail=detail)
+        def step(
+            title: str, run: Callable[[Callable[[str], None]], None], *after: Step, settle_s: float = 5.0
+        ) -> Step:
+            detail, titles = _Detail(), [one.title for one in after]
+            made = Step(title, lambda: run(detail.tell), after=titles, detail=detail, settle_s=settle_s)
             found.append(made)
             return made
 
@@ -189,7 +191,8 @@ class _Up:
             self._remember(self._before)
 
         title = "Making the kind cluster" if on_kind and self._makes_cluster else "Reaching the cluster"
-        cluster = step(title, self._reach)
+        # A cluster that is half made is removed again, and that takes a while.
+        cluster = step(title, self._reach, settle_s=CLEAR_S + 5.0)
         builds = [step(f"Building {names}", self._build(group)) for names, group in self._groups()]
         there = builds
         welcome: list[Step] = []
