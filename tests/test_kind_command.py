@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 from local_harness import wait_for
 
-from meshdemo.errors import Failed
+from meshdemo.errors import BadInput, Failed
 from meshdemo.runtime.base import Step
+from meshdemo.runtime.kubernetes import kind_cluster, record
 from meshdemo.runtime.kubernetes.kind import CLEAR_S, Kind
+from meshdemo.runtime.local.ports import Port
 from meshdemo.runtime.steps import run_steps
 
 # The daemon, in a session of its own, makes the container only after the first `kind delete cluster`.
@@ -52,3 +55,82 @@ def test_a_container_that_comes_up_after_its_cluster_was_given_up_is_removed(kin
         run_steps([Step("makes", make, settle_s=CLEAR_S), Step("fails", give_up)])
     assert (kind / "made").exists()  # later than the first `kind delete cluster`
     assert not (kind / "node").exists()
+
+
+# -- the gateway's port ------------------------------------------------------------------------------------
+
+# What Docker says of the first port of those in the file `taken` that the cluster is to have.
+_DOCKER_SAYS = """
+case "$1 $2" in
+  "version --quiet") echo 0.33.0;;
+  "create cluster") cat > config
+    echo x >> attempts
+    for port in $(cat taken); do
+      if grep -q "hostPort: $port," config; then
+        echo "docker: Error response from daemon: driver failed programming external connectivity on endpoint" \\
+          "c-control-plane (7f2a): Bind for 127.0.0.1:$port failed: port is already allocated."
+        exit 1
+      fi
+    done
+    if [ -p holding ] && mkdir first 2>/dev/null; then cat holding; fi;;
+esac
+"""
+
+
+class Ups:
+    """Makers of clusters, and with which port for the gateway."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, taken: str) -> None:
+        monkeypatch.setenv("MESHDEMO_HOME", str(folder / "home"))
+        stand_in(folder, "kind", _DOCKER_SAYS)
+        (folder / "taken").write_text(taken)
+
+    def make(self, mesh: str, gateway: int | None = None) -> int:
+        kind_cluster.make(
+            Kind(), mesh, gateway=gateway, workers=0, image=None, remember=record.save,
+            timeout_s=lambda: 60, tell=lambda _: None,
+        )  # fmt: skip
+        return self.port(mesh)
+
+    @staticmethod
+    def port(mesh: str) -> int:
+        found = record.load(mesh)
+        return found.ports["gateway"] if found else 0
+
+
+def test_a_port_that_was_taken_meanwhile_is_left_for_another(
+    kind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = Port()
+    port.release()
+    monkeypatch.setattr("meshdemo.runtime.local.ports.GATEWAY_PORT", port.number)
+    ups = Ups(kind, monkeypatch, str(port.number))
+    assert ups.make("m") not in {0, port.number}
+    (kind / "attempts").unlink()
+    with pytest.raises(BadInput, match=f"--gateway-port {port.number}: the port is taken") as caught:
+        ups.make("n", port.number)
+    assert "without --gateway-port a free one is found" in caught.value.remedy
+    assert (kind / "attempts").read_text() == "x\n"
+    assert record.load("n") is None
+
+
+def test_two_begun_at_the_same_moment_choose_different_ports(
+    kind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = Port()
+    port.release()
+    monkeypatch.setattr("meshdemo.runtime.local.ports.GATEWAY_PORT", port.number)
+    ups = Ups(kind, monkeypatch, "")
+    os.mkfifo(kind / "holding")
+    first = threading.Thread(target=ups.make, args=("m",))
+    first.start()
+    wait_for("the first to be at work", (kind / "first").exists)
+    try:
+        assert ups.port("m") == port.number
+        assert ups.make("n") not in {0, port.number}
+        with pytest.raises(BadInput, match="the port is taken"):
+            ups.make("o", port.number)
+    finally:
+        (kind / "holding").write_text("")
+        first.join()
+    assert ups.port("m") == port.number

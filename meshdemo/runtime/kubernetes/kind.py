@@ -27,6 +27,18 @@ _QUIET_S = 3.0  # without a new container for so long, Docker is not at work on 
 Tell = Callable[[str], None]
 
 
+class PortTaken(Failed):
+    """The cluster could not be made, since a port of this machine that it was to have is somebody else's.
+
+    Args:
+        ports: the numbers in what Docker said of it, that port among them.
+    """
+
+    def __init__(self, message: str, remedy: str, ports: frozenset[int]) -> None:
+        super().__init__(message, remedy)
+        self.ports = ports
+
+
 class Kind:
     """The kind command on this machine."""
 
@@ -51,7 +63,7 @@ class Kind:
     ) -> None:
         """Make a cluster; what was begun is removed if that fails or is given up.
 
-        Raises Failed with kind's own words.
+        Raises Failed with kind's own words; PortTaken where that is what they say.
         """
         command = [self._kind, "create", "cluster", "--name", cluster, "--kubeconfig", str(kubeconfig)]
         command += ["--config", "-"] + (["--image", image] if image else [])
@@ -82,10 +94,13 @@ class Kind:
             raise
         if process.returncode:
             said = [line for line in _lines(log) if not re.match(r"\s*[✓•✗]", line)]
-            raise Failed(
-                "kind could not make the cluster:" + "".join(f"\n  | {line}" for line in said[-8:]),
-                "`kind create cluster --retain` keeps the nodes for a look; --kind-image takes another image",
+            message = "kind could not make the cluster:" + "".join(f"\n  | {line}" for line in said[-8:])
+            remedy = (
+                "`kind create cluster --retain` keeps the nodes for a look; --kind-image takes another image"
             )
+            if ports := ports_taken(said):
+                raise PortTaken(message, remedy, ports)
+            raise Failed(message, remedy)
 
     def _clear(self, cluster: str, kubeconfig: Path) -> None:
         """Remove what a kind that was killed has begun.
@@ -129,6 +144,12 @@ def outdated(version: str) -> str:
     if match is None or (int(match[1]), int(match[2])) >= OLDEST:
         return ""
     return f"install kind {'.'.join(map(str, OLDEST))} or newer"
+
+
+def ports_taken(said: Iterable[str]) -> frozenset[int]:
+    """The numbers that may be ports in the lines in which Docker says that it cannot bind one."""
+    about = [line for line in said if re.search(r"port is already allocated|address already in use", line)]
+    return frozenset(int(number) for line in about for number in re.findall(r":(\d+)\b", line))
 
 
 def _bare(reference: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import secrets
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,19 +25,19 @@ from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.resources import DEFAULT_POLICY
 from meshdemo.runtime.base import Step, UpOptions
-from meshdemo.runtime.kubernetes import apply, images, manifests, record
+from meshdemo.runtime.kubernetes import apply, images, kind_cluster, manifests, record
 from meshdemo.runtime.kubernetes.kind import CLEAR_S, Kind
+from meshdemo.runtime.kubernetes.kind_cluster import NODE_PORTS
 from meshdemo.runtime.kubernetes.record import Record
 from meshdemo.runtime.kubernetes.specs import deployment_of
 from meshdemo.runtime.local import spec as specs
-from meshdemo.runtime.local.ports import free_gateway_port
+from meshdemo.runtime.local.ports import check_gateway_port
 from meshdemo.runtime.steps import pause
 
 if TYPE_CHECKING:
     from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
 
 OLDEST = (1, 30)  # native sidecars and the `sleep` of preStop by default
-_NODE_PORTS = {"gateway": 30081, "prometheus": 30090, "grafana": 30300}
 _GONE_S = 120.0
 _SAY_WHY_S = 2.0  # so long before the time is over a step gives up, to say why
 _WATCH = "watch"
@@ -121,7 +120,7 @@ class _Up:
             )
         before = self._before
         if before is None:
-            free_gateway_port(asked)
+            check_gateway_port(asked)
         elif before.ports.get(GATEWAY) != asked:
             now = before.ports.get(GATEWAY)
             raise BadInput(
@@ -288,18 +287,16 @@ class _Up:
             return
         if not self._makes_cluster:
             self._kind.delete(name, access)  # an `up` that was killed left half of it
-        workers = int(self._extra.get("workers") or 0)
-        ports = {endpoint: _free_port() for endpoint in _NODE_PORTS}
-        ports[GATEWAY] = free_gateway_port(self._extra.get("gateway_port"))
-        self._remember(Record(kind="kind", mesh=name, cluster=name, made_cluster=True, ports=ports))
-        config = manifests.kind_config(
-            workers=workers, ports={_NODE_PORTS[endpoint]: port for endpoint, port in ports.items()}
+        kind_cluster.make(
+            self._kind,
+            name,
+            gateway=self._extra.get("gateway_port"),
+            workers=int(self._extra.get("workers") or 0),
+            image=self._extra.get("kind_image"),
+            remember=self._remember,
+            timeout_s=self._left,
+            tell=tell,
         )
-        try:
-            self._kind.create(name, access, config, self._extra.get("kind_image"), self._left(), tell)
-        except BaseException:
-            record.forget(name)
-            raise
 
     # -- images --------------------------------------------------------------------------------------------
 
@@ -379,7 +376,7 @@ class _Up:
             observability=self._observes,
             rules=str(self._extra.get("prometheus_rules") or ""),
             grafana=self._extra.get("grafana") or {},
-            node_ports={name: port for name, port in _NODE_PORTS.items() if name in runtime.record.ports},
+            node_ports={name: port for name, port in NODE_PORTS.items() if name in runtime.record.ports},
             gateway_api=runtime.cluster.serves("HTTPRoute"),
             service_monitor=runtime.cluster.serves("ServiceMonitor"),
             prometheus_rule=runtime.cluster.serves("PrometheusRule"),
@@ -553,12 +550,6 @@ def _fill_state(cluster: Cluster, mesh: str, namespace: str) -> None:
     cluster.patch("ConfigMap", k8s.TRUST, namespace, {"data": {"trust.pem": trust.decode()}}, merge="merge")
     # Last: it says that all is there.
     cluster.patch("Secret", k8s.AUTHORITY, namespace, {"data": made}, merge="merge")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # -- down --------------------------------------------------------------------------------------------------

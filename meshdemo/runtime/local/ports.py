@@ -56,6 +56,12 @@ class Port:
         else:
             bound.close()
 
+    def hand_over(self) -> None:
+        """Let a program bind it that may not set SO_REUSEADDR. What else holds ports as this does still finds
+        it taken, until `release`; any other program may get it first."""
+        _close(self._sockets[:1])
+        self._sockets = self._sockets[1:]
+
     def release(self) -> None:
         """Let go of it."""
         _close(self._sockets)
@@ -94,18 +100,21 @@ def gateway_port(asked: int | None) -> Port:
             ) from None
     except OSError:
         if asked is not None:
-            raise BadInput(
-                f"--gateway-port {asked}: the port is taken{_by_whom(asked)}",
-                "give another one, 1 to 65535; without --gateway-port a free one is found",
-            ) from None
+            raise taken(asked) from None
     return Port()
 
 
-def free_gateway_port(asked: int | None) -> int:
-    """The same for a program that will bind it in a moment. Raises BadInput."""
-    port = gateway_port(asked)
-    port.release()
-    return port.number
+def check_gateway_port(asked: int) -> None:
+    """Raises BadInput if the port that was asked for cannot be had."""
+    gateway_port(asked).release()
+
+
+def taken(asked: int) -> BadInput:
+    """That the port that was asked for is somebody else's."""
+    return BadInput(
+        f"--gateway-port {asked}: the port is taken{_by_whom(asked)}",
+        "give another one, 1 to 65535; without --gateway-port a free one is found",
+    )
 
 
 def _by_whom(port: int) -> str:

@@ -23,7 +23,7 @@ from meshdemo.files import write_atomic
 from meshdemo.runtime.local.client import SupervisorClient, told
 from meshdemo.runtime.local.files import Lock, locked
 from meshdemo.runtime.local.paths import MeshPaths
-from meshdemo.runtime.local.ports import GATEWAY_PORT, free_gateway_port
+from meshdemo.runtime.local.ports import GATEWAY_PORT, check_gateway_port
 from meshdemo.runtime.steps import pause
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class LocalRuntime:
         asked = options.extra.get("gateway_port")
         has = running["gateway_port"] if running else before.gateway_port if before else None
         if asked is not None and asked != has:
-            free_gateway_port(asked)  # what is wrong with it is said before anything is begun
+            check_gateway_port(asked)  # what is wrong with it is said before anything is begun
         up = _Up(
             self,
             wanted,
