@@ -82,10 +82,12 @@ def test_the_cluster_runs_what_render_prints(mesh: Mesh) -> None:
 
 def test_what_cannot_be_pulled_is_said_and_not_waited_for(mesh: Mesh) -> None:
     """No registry can be relied on here: the mesh is up all the same."""
-    endpoints = mesh.json("status")["endpoints"]
-    assert endpoints["prometheus"].startswith("http://127.0.0.1:")
-    deployment = mesh.cluster.get("Deployment", "prometheus", mesh.name)
-    assert deployment is not None
+    status = mesh.json("status")
+    for name in manifests.OBSERVABILITY:
+        assert mesh.cluster.get("Deployment", name, mesh.name) is not None
+        url, why = status["endpoints"][name], status["unavailable"].get(name)
+        assert (url is None) is (why is not None)
+        assert url is None or url.startswith("http://127.0.0.1:")
 
 
 def test_prometheus_finds_workloads_sidecars_and_the_control_plane(mesh: Mesh) -> None:

@@ -1012,6 +1012,30 @@ def listing(*items: Any) -> dict[str, Any]:
     return {"metadata": {"resourceVersion": "1"}, "items": list(items)}
 
 
+def test_a_part_without_image_is_said_in_place_of_its_url(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHDEMO_HOME", str(tmp_path))
+    record.save(record.Record(kind="kind", mesh="n", cluster="n", ports={"prometheus": 9, "grafana": 3}))
+    for name in ("prometheus", "grafana"):
+        server.answer(f"get /api/v1/namespaces/n/services/{name}", {"metadata": {"name": name}})
+    apps = "/apis/apps/v1/namespaces/n/deployments"
+    server.answer(f"get {apps}/prometheus", deployment("prometheus"))
+    server.answer(f"get {apps}/grafana", deployment("grafana", ready=0))
+    stuck = waiting("grafana", "ImagePullBackOff", 'Back-off pulling image "g/g:12"\n[twice]')
+    server.answer(
+        f"get {PODS}", listing({"metadata": {"name": "grafana-1"}, "status": {"containerStatuses": [stuck]}})
+    )
+    runtime = KubernetesRuntime("n", "kind")
+    runtime.__dict__["cluster"] = server.cluster()
+    assert runtime.endpoints() == {
+        "gateway": None, "dashboard": None, "prometheus": "http://127.0.0.1:9/", "grafana": None,
+    }  # fmt: skip
+    assert runtime.unavailable() == {
+        "grafana": 'image not available (ImagePullBackOff: Back-off pulling image "g/g:12" [twice])'
+    }
+
+
 OF_B = {"labels": {"app": "service-b-v1"}}
 
 

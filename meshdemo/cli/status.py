@@ -53,6 +53,7 @@ def status(runtime: Runtime) -> dict[str, Any]:
         "revision": revision or 0,
         "services": services,
         "endpoints": runtime.endpoints(),
+        "unavailable": runtime.unavailable(),
     }
 
 
@@ -75,3 +76,5 @@ def _show(state: dict[str, Any], console: Console) -> None:
     for name, url in state["endpoints"].items():
         if url:
             console.print(f"{name}: {url}")
+    for name, why in state["unavailable"].items():
+        console.print(f"{name}: {why}", markup=False)

@@ -64,7 +64,11 @@ class Runtime(Protocol):
         ...
 
     def endpoints(self) -> dict[str, str | None]:
-        """URLs by name: gateway, dashboard, prometheus, grafana."""
+        """URLs by name: gateway, dashboard, prometheus, grafana; None: it is not there."""
+        ...
+
+    def unavailable(self) -> dict[str, str]:
+        """Why an endpoint that the mesh should have is not there, by name and on one line each."""
         ...
 
     def control(self) -> ControlClient:

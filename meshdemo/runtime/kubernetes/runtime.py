@@ -22,7 +22,7 @@ from meshdemo.control.discovered import instance_of
 from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.names import PLAIN_PORT, PREFIX
-from meshdemo.runtime.kubernetes import apply, record
+from meshdemo.runtime.kubernetes import apply, observability, record
 from meshdemo.runtime.kubernetes.forward import Forward
 from meshdemo.runtime.kubernetes.specs import SpecMap, deployment_of, patch_env
 from meshdemo.runtime.local import spec as specs
@@ -164,13 +164,17 @@ class KubernetesRuntime:
 
     def endpoints(self) -> dict[str, str | None]:
         """URLs by name."""
-        ports = self.record.ports
+        ports = self.record.ports.keys() - self.unavailable().keys()
         found: dict[str, str | None] = dict.fromkeys(("gateway", "dashboard", "prometheus", "grafana"))
         for name in (GATEWAY, "prometheus", "grafana"):
             if name in ports and self.cluster.get("Service", name, self.namespace):
                 host = "localhost" if name == GATEWAY else "127.0.0.1"
-                found[name] = f"http://{host}:{ports[name]}/"
+                found[name] = f"http://{host}:{self.record.ports[name]}/"
         return found
+
+    def unavailable(self) -> dict[str, str]:
+        """Why an endpoint that the mesh should have is not there, by name."""
+        return observability.unavailable(self.cluster, self.name, self.namespace)
 
     def revisions(self, service: str, version: str) -> list[WorkloadRevision]:
         """Revisions of a workload, oldest first; the last is the current one."""

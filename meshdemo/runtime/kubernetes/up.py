@@ -473,15 +473,8 @@ class _Up:
     def _look_at_observability(self, tell: Callable[[str], None]) -> None:
         """Say what is missing of Prometheus and Grafana. Their images are large and may be on their way."""
         runtime = self._runtime
-        for name in manifests.OBSERVABILITY:
-            found = runtime.cluster.get("Deployment", name, runtime.namespace)
-            if found is None or apply.rolled_out(found):
-                continue
-            labels = f"{names.MESH}={runtime.name},app.kubernetes.io/component={name}"
-            pods = runtime.cluster.find("Pod", runtime.namespace, labels=labels)
-            troubles = [trouble for pod in pods for trouble in apply.pod_troubles(pod)]
-            why = str(troubles[0]) if troubles else "it is still being started"
-            runtime.notes.append(f"{name} is not there: {why}. The mesh works without it.")
+        for name, why in runtime.unavailable().items():
+            runtime.notes.append(f"{name}: {why}; the mesh works without it")
 
     def _request(self, tell: Callable[[str], None]) -> None:
         """See a request go through the mesh, and let the load begin."""

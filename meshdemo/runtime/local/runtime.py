@@ -246,6 +246,13 @@ class LocalRuntime:
             "grafana": None,
         }
 
+    def unavailable(self) -> dict[str, str]:
+        """Why an endpoint that the mesh should have is not there, by name."""
+        description = self._describe()
+        if description["prometheus_port"] is None or description["prometheus_ready"]:
+            return {}
+        return {"prometheus": "not ready yet; `meshdemo logs` may tell why"}
+
     def note_gateway(self) -> None:
         """Say where the gateway is, if that is not where it is expected."""
         description = self._describe()
