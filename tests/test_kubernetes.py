@@ -1036,6 +1036,20 @@ def test_a_part_without_image_is_said_in_place_of_its_url(
     }
 
 
+@pytest.mark.parametrize("of_the_user", [True, False])
+def test_what_is_forgotten_leaves_a_home_that_the_user_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_the_user: bool
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("MESHDEMO_HOME", str(home))
+    if of_the_user:
+        home.mkdir()
+    record.save(record.Record(kind="kubernetes", mesh="m"))
+    record.forget("m")
+    assert home.exists() is of_the_user
+    assert list(tmp_path.rglob("home/*")) == []
+
+
 OF_B = {"labels": {"app": "service-b-v1"}}
 
 

@@ -18,7 +18,7 @@ from local_harness import DEADLINE_S, Cli, kill, read_url, wait_for
 from meshdemo.apps import loader
 from meshdemo.runtime.local.files import Lock
 from meshdemo.runtime.local.leftovers import find
-from meshdemo.runtime.local.paths import MeshPaths, claim
+from meshdemo.runtime.local.paths import HOME_MARK, MeshPaths, claim
 
 
 @pytest.fixture
@@ -156,6 +156,17 @@ def test_folders_that_are_no_meshes_are_left_alone(tmp_path: Path) -> None:
     assert (home / "photos.lock").read_text() == "my own"
 
 
+def test_a_home_that_the_user_made_stays(tmp_path: Path) -> None:
+    home, app = tmp_path / "home", tmp_path / "broken.yaml"
+    home.mkdir()
+    with Cli(home).up("--replicas", "service-b=1"):
+        pass
+    assert list(home.iterdir()) == []
+    app.write_text(BROKEN)
+    Cli(home, "shop").run("up", "--app", str(app), status=1)
+    assert list(home.iterdir()) == []
+
+
 def test_an_up_that_fails_leaves_what_else_is_in_its_home(tmp_path: Path) -> None:
     home, app = tmp_path / "home", tmp_path / "broken.yaml"
     (home / "photos").mkdir(parents=True)
@@ -241,7 +252,7 @@ def test_down_all_goes_on_when_one_cannot_be_removed(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert json.loads(out)["removed"] == [str(home / "one"), str(home / "zwei")]
     assert "Mesh 'two': somebody" in err
-    assert [path.name for path in home.iterdir()] == ["two"]
+    assert {path.name for path in home.iterdir()} == {HOME_MARK, "two"}
     Cli(home, "two").run("down")
 
 

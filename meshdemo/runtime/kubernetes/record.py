@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from meshdemo.errors import Failed
 from meshdemo.files import write_atomic
 from meshdemo.names import RECORD
-from meshdemo.runtime.local.paths import claim, home, is_marked
+from meshdemo.runtime.local.paths import claim, home, is_marked, remove_home
 
 if TYPE_CHECKING:
     from meshdemo.kube import Cluster
@@ -87,3 +87,4 @@ def forget(mesh: str) -> None:
     """Remove all that this machine remembers of a mesh."""
     if is_marked(home() / mesh):
         shutil.rmtree(home() / mesh, ignore_errors=True)
+        remove_home(home())

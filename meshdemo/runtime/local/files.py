@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from meshdemo.errors import Failed
+from meshdemo.runtime.local.paths import make_home
 
 _POLL_S = 0.05
 _WAIT = "wait until it is done, then run this again"
@@ -48,7 +49,7 @@ def _try(path: Path) -> int | None:
     import fcntl  # not on Windows, where this module is imported all the same
 
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_home(path.parent)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Failed(

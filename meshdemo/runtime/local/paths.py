@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ _SHORT = Path("/tmp")  # noqa: S108 - the folder made in it is private, and chec
 LOCK_SUFFIX = ".meshdemo.lock"
 HOME = "MESHDEMO_HOME"  # the environment variable that moves all state
 MARK = ".meshdemo"  # a file in each folder that we made: what carries it is a mesh and may be removed
+HOME_MARK = ".meshdemo-home"  # the same for `home()`, which is no mesh
 
 
 def home() -> Path:
@@ -137,6 +139,29 @@ class MeshPaths:
             raise Failed(f"{self.sockets} is not a private folder of yours", f"remove {self.sockets}")
 
 
+def make_home(folder: Path) -> None:
+    """Make the folder that meshes are in, unless it is there. Raises OSError."""
+    if not folder.is_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / HOME_MARK).touch(mode=0o600)
+
+
+def remove_home(folder: Path) -> None:
+    """Remove the folder that meshes are in if we have made it, and nothing is in it any more."""
+    mark = folder / HOME_MARK
+    try:
+        if [path.name for path in folder.iterdir()] != [HOME_MARK]:
+            return
+        mark.unlink()
+    except OSError:
+        return  # gone: another `down` was faster
+    try:
+        folder.rmdir()
+    except OSError:  # an `up` has begun meanwhile, and its `down` is to know
+        with suppress(OSError):
+            mark.touch(mode=0o600)
+
+
 def is_marked(folder: Path) -> bool:
     """Whether this is the folder of a mesh."""
     return (folder / MARK).is_file()
@@ -161,6 +186,7 @@ def claim(folder: Path) -> None:
     Raises BadInput if it holds something else, OSError.
     """
     check_free(folder)
+    make_home(folder.parent)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / MARK).touch(mode=0o600)
 

@@ -22,7 +22,7 @@ from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.files import write_atomic
 from meshdemo.runtime.local.client import SupervisorClient, told
 from meshdemo.runtime.local.files import Lock, locked
-from meshdemo.runtime.local.paths import MeshPaths
+from meshdemo.runtime.local.paths import MeshPaths, remove_home
 from meshdemo.runtime.local.ports import GATEWAY_PORT, check_gateway_port
 from meshdemo.runtime.steps import pause
 
@@ -191,8 +191,7 @@ class LocalRuntime:
             return removed
         finally:
             self.release_lock()
-            with suppress(OSError):
-                self.paths.state.parent.rmdir()  # only if no other mesh is in it
+            remove_home(self.paths.state.parent)
 
     def remove(self) -> list[str]:
         """Stop everything and remove every file. The lock is held."""
@@ -447,8 +446,7 @@ class _Up:
         finally:
             self._runtime.release_lock()
         if self._running is None:
-            with suppress(OSError):
-                self._runtime.paths.state.parent.rmdir()
+            remove_home(self._runtime.paths.state.parent)
 
     def apply(self) -> None:
         """Start a supervisor, or tell the one that runs what is wanted now."""
