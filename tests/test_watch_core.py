@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,25 @@ def test_policy_test_says_what_the_policy_would_do(
     printed = json.loads(capsys.readouterr().out)
     assert [one["event"] for one in printed][:3] == ["violated", "localised", "chosen"]
     assert printed[1]["target"] == "service-b-2"
+
+
+def test_policy_test_takes_apps_that_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, policy, shop = tmp_path / "signals.jsonl", tmp_path / "policy.yaml", tmp_path / "shop.yaml"
+    _record(path, 2)
+    policy.write_text(DEFAULT_POLICY.read_text().replace('services: ["*"]', 'services: ["*", mine/web]', 1))
+    shop.write_text((resources.files("meshdemo.apps") / "pair.yaml").read_text())
+
+    def status(app: str) -> Any:
+        with pytest.raises(SystemExit) as caught:
+            run_command(["policy", "test", str(policy), "--signals", str(path), "--app", app])
+        return caught.value.code
+
+    assert [status(app) for app in ("pair", "mine", str(shop))] == [0, 0, 0]
+    capsys.readouterr()
+    assert status("nowhere") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--app nowhere: no such app" in line
+    assert "emojivoto, mine, pair" in line
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[]", '{"now": 1}', '{"now": 1, "samples": [{}]}', "1"])

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meshdemo.cli import _context
+from meshdemo.errors import BadInput
 
 if TYPE_CHECKING:
     from meshdemo.positions import Problem
+    from meshdemo.remediation.policy import Policy
 
 app = typer.Typer(no_args_is_help=True, help="Check a policy file, or test it on recorded signals.")
 
@@ -58,7 +60,12 @@ def test(
         typer.Option("--signals", metavar="FILE", help="Recorded with `meshdemo watch --record FILE`."),
     ],
     app: Annotated[
-        str | None, typer.Option("--app", metavar="NAME", help="The app that the signals are of.")
+        str | None,
+        typer.Option(
+            "--app",
+            metavar="NAME|FILE",
+            help="The app that the signals are of: what the policy says of it alone counts, too.",
+        ),
     ] = None,
 ) -> None:
     """What the policy would do on recorded signals, were each remedy carried out at once."""
@@ -69,7 +76,7 @@ def test(
     context = _context.of(ctx)
     policy = policyfile.load(file)
     if app is not None:
-        policy = policy.of_app(app)
+        policy = policy.of_app(_name_of(app, policy))
     events = list(policytest.decisions(policy, recording.read(signals)))
     if context.output is _context.Output.json:
         context.emit([event.to_json() for event in events])
@@ -81,3 +88,18 @@ def test(
             context.say(event_line(LogLine(event.time, event.event, event.text)))
     if not events:
         context.say("the policy would do nothing: every objective holds on these signals")
+
+
+def _name_of(reference: str, policy: Policy) -> str:
+    """The name of an app: a built-in one, one that the policy speaks of, or what a file names.
+
+    Raises BadInput.
+    """
+    from meshdemo.apps import loader
+
+    known = sorted({*loader.built_in(), *policy.apps()})
+    if reference in known:
+        return reference
+    if Path(reference).is_file():
+        return loader.load(reference).name
+    raise BadInput(f"--app {reference}: no such app", f"allowed: {', '.join(known)}, or the file of an app")

@@ -75,6 +75,10 @@ class Selecting(Strict):
         except_ = [name for name in (_within(app, pattern) for pattern in self.except_) if name]
         return self.model_copy(update={"services": services, "except_": except_}) if services else None
 
+    def apps(self) -> set[str]:
+        """The apps that its patterns name."""
+        return {pattern.rpartition("/")[0] for pattern in (*self.services, *self.except_) if "/" in pattern}
+
     def applies_to(self, service: str) -> bool:
         """Does it speak of this service? A pattern that names an app fits none before `of_app`."""
         return any(fnmatchcase(service, pattern) for pattern in self.services) and not any(

@@ -223,6 +223,10 @@ class Policy(Strict):
     guardrails: Guardrails = Guardrails()
     notify: list[Webhook] = Field(default_factory=list)
 
+    def apps(self) -> set[str]:
+        """The apps that it names."""
+        return {app for one in (*self.objectives, *self.rules) for app in one.apps()}
+
     def of_app(self, app: str) -> Policy:
         """What of the policy is meant for this app."""
         return self.model_copy(
