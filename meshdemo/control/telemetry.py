@@ -368,7 +368,6 @@ class Store:
         self._reporters: dict[str, _Reporter] = {}
         self._known_since: dict[str, float] = {}
         self._listening_since = self._last_beat = clock()
-        self.duplicates = 0
 
     # -- writing
 
@@ -382,7 +381,6 @@ class Store:
         now = self._clock()
         known = self._reporters.get(instance.id)
         if known is not None and known.stamp - _SET_CLOCK_S < export.stamp <= known.stamp:
-            self.duplicates += 1
             return None
         offset = now - export.stamp
         if known is not None and offset - known.offset < _SET_CLOCK_S:
@@ -457,16 +455,6 @@ class Store:
             self._packed_bytes -= len(self._packed.popleft().content)
 
     # -- reading
-
-    @property
-    def packed_bytes(self) -> int:
-        """What the older samples take up."""
-        return self._packed_bytes
-
-    @property
-    def objects(self) -> int:
-        """Samples that are not packed."""
-        return len(self._recent)
 
     def window(self, seconds: float) -> list[Sample]:
         """Samples received in the last `seconds`, oldest first; some more, so that a window of so many
