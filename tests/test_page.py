@@ -117,6 +117,12 @@ def test_a_split_and_its_faults_are_shown() -> None:
         ("v2", 0.3, "degrade")
     ]
     assert made["load_rps"] == 70
+    (last,) = [one.id for one in mesh.instances if (one.service, one.version) == ("service-b", "v2")]
+    intent = eject(intent, mesh, last, reason="", by="watch", now=NOW)
+    weights = {
+        one["version"]: one["weight"] for one in of(seen(mesh, intent=intent), "service-b")["versions"]
+    }
+    assert weights == {"v1": 100, "v2": 0}  # as its callers split: nobody of v2 is left
 
 
 def test_a_mesh_without_anything_has_a_snapshot() -> None:

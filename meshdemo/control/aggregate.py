@@ -44,7 +44,7 @@ class Scope:
 
 def scopes_of(mesh: MeshState, intent: Intent, silent: Callable[[str], bool]) -> list[Scope]:
     """All instances of the mesh. `silent`: does the sidecar of this instance report nothing?"""
-    ejected = {ejection.instance for ejection in intent.ejections}
+    ejected = intent.ejected
     return [Scope(i.id, i.service, i.version, silent(i.id), i.id in ejected) for i in mesh.instances]
 
 

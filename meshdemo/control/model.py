@@ -6,6 +6,8 @@ unless the name says otherwise.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -85,6 +87,14 @@ class MeshState(_Value):
         found = [(service, self.addresses[service], port)] if service in self.addresses else []
         others = [(address, port) for name, address, port in self.also if name == service]
         return found + [(f"{service}@{address}:{port}", address, port) for address, port in others]
+
+    def ready_by_version(self, service: str, ejected: Collection[str]) -> dict[str, int]:
+        """Version -> the number of a service's instances that are ready and not ejected."""
+        return Counter(
+            one.version
+            for one in self.instances
+            if one.service == service and one.ready and one.id not in ejected
+        )
 
     @property
     def sidecars(self) -> tuple[Instance, ...]:
@@ -173,6 +183,11 @@ class Intent(_Value):
     certificate_lifetime_s: float | None = Field(
         default=None, description="of each sidecar's certificate; None: as the control plane has it (an hour)"
     )
+
+    @property
+    def ejected(self) -> frozenset[str]:
+        """The instances that are kept out of load balancing on purpose."""
+        return frozenset(ejection.instance for ejection in self.ejections)
 
 
 class Effect(_Value):

@@ -22,7 +22,6 @@ _OF_TCP = ("split", "max_connections", "max_pending", "outlier")
 
 def in_force(mesh: MeshState, intent: Intent) -> dict[str, dict[str, RuleRow]]:
     """By service and field: the value, whether it was set or is the default, and since when it was set."""
-    ejected = {ejection.instance for ejection in intent.ejections}
     rows: dict[str, dict[str, RuleRow]] = {}
     for name, service in mesh.app.services.items():
         traffic = intent.traffic.get(name, Traffic())
@@ -35,11 +34,7 @@ def in_force(mesh: MeshState, intent: Intent) -> dict[str, dict[str, RuleRow]]:
                 "origin": "set" if is_set else "default",
                 "since": traffic.field_since.get(field),
             }
-        ready: dict[str, int] = {}
-        for instance in mesh.instances:
-            if instance.service == name and instance.ready and instance.id not in ejected:
-                ready[instance.version] = ready.get(instance.version, 0) + 1
-        if ready:
+        if ready := mesh.ready_by_version(name, intent.ejected):
             split = effective_split(service, traffic, ready)
             whole = sum(split.values())
             rows[name]["split"]["value"] = {

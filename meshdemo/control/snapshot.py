@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from meshdemo.apps.model import Service
 from meshdemo.control import aggregate
 from meshdemo.control.goals import Goals, verdict
 from meshdemo.control.model import Fault, Intent, MeshState
@@ -52,15 +51,12 @@ def snapshot(
         for signal in aggregate.signals(samples, by="instance", now=now, window_s=WINDOW_S, scopes=scopes)
     }
     instances: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    ready: dict[str, dict[str, int]] = {}
     for instance in mesh.instances:
         signal = of_instance[instance.id]
         row = {**_judged(signal, goals), "id": instance.id, "ready": instance.ready}
         if instance.revision != 1:
             row["revision"] = instance.revision
         instances.setdefault((instance.service, instance.version), []).append(row)
-        counts = ready.setdefault(instance.service, {})
-        counts[instance.version] = counts.get(instance.version, 0) + instance.ready
     outliers = _outliers(samples, now)
     return {
         "time": round(now, 3),
@@ -77,7 +73,7 @@ def snapshot(
                 "protocol": service.protocol,
                 **({"lease": intent.leases[name].by} if name in intent.leases else {}),
                 **(_judged(of_service[name], goals) if name in of_service else {}),
-                "versions": _versions(name, service, intent, instances, ready.get(name, {}), outliers),
+                "versions": _versions(mesh, name, intent, instances, outliers),
             }
             for name, service in mesh.app.services.items()
         ],
@@ -102,20 +98,22 @@ def point(signal: Signal, now: float) -> tuple[float | None, ...]:
 
 
 def _versions(
+    mesh: MeshState,
     name: str,
-    service: Service,
     intent: Intent,
     instances: Mapping[tuple[str, str], list[dict[str, Any]]],
-    ready: Mapping[str, int],
     outliers: Mapping[tuple[str, str], int],
 ) -> list[dict[str, Any]]:
     """Those that run, and those that `up` would have started; each with its share of the traffic in %."""
+    service = mesh.app.services[name]
     there = [version for of, version in instances if of == name]
     known = dict.fromkeys(
         [*(v for v, workload in service.versions.items() if workload.initial or v in there), *there]
     )
     rules = intent.traffic.get(name)
-    split = effective_split(service, rules, ready) if rules is not None else {}
+    split = {}
+    if rules is not None:
+        split = effective_split(service, rules, mesh.ready_by_version(name, intent.ejected))
     total = sum(split.values())
     return [
         {

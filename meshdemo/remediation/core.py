@@ -132,7 +132,7 @@ class Core:
                 times = self._times_ejected[name] = self._times_ejected.get(name, 0) + 1
                 until = ejection.at + self.policy.guardrails.probation * 2 ** min(times - 1, 5)
                 self._probation[name] = _Probation(one.service, until, times)
-        there = {ejection.instance for ejection in intent.ejections}
+        there = intent.ejected
         for name in [name for name in self._probation if name not in there]:
             del self._probation[name]
 

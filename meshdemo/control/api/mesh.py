@@ -73,7 +73,7 @@ class Control:
         """Every instance and how its sidecar stands, and what sidecars rejected."""
         sidecars = self.run(self._sidecars())
         intent, mesh = self.intent, self.mesh
-        ejected = {ejection.instance for ejection in intent.ejections}
+        ejected = intent.ejected
         rows: list[InstanceRow] = []
         for sidecar in sidecars:
             instance = sidecar.instance

@@ -34,10 +34,7 @@ def real_share(mesh: MeshState, intent: Intent, instance: Instance) -> float:
     traffic = intent.traffic.get(instance.service)
     if traffic is None or not traffic.mirror.get(instance.version):
         return 1.0
-    ready: dict[str, int] = {}
-    for other in mesh.instances:
-        if other.service == instance.service and other.ready:
-            ready[other.version] = ready.get(other.version, 0) + 1
+    ready = mesh.ready_by_version(instance.service, intent.ejected)
     split = effective_split(mesh.app.services[instance.service], traffic, ready)
     real = split.get(instance.version, 0) / sum(split.values())
     return real / (real + traffic.mirror[instance.version])
