@@ -253,6 +253,25 @@ def _serve_http(place: Place, control: Control) -> None:
     threading.Thread(target=server.run, name="http", daemon=True).start()
 
 
+def run(place: Place, backend: Callable[[], Backend] | None = None, *, verbose: bool = False) -> int:
+    """Log to stderr and serve until told to end; the exit status as of `MeshdemoError`.
+
+    Args:
+        backend: makes the backend; default: the one of this module.
+    """
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        asyncio.run(serve(place, backend() if backend else None))
+    except MeshdemoError as error:
+        log.error("%s", error)
+        return error.exit_status
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process; its exit status as of `MeshdemoError`."""
     parser = argparse.ArgumentParser(prog="meshdemo.control.server", description=__doc__.splitlines()[0])
@@ -272,11 +291,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args(arguments)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if given.verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
     place = Place(
         state=given.state,
         grpc_port=given.grpc_port,
@@ -287,12 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         open_listen=given.open_listen,
         hand=tuple(json.loads(given.hand)) if given.hand else (),
     )
-    try:
-        asyncio.run(serve(place))
-    except MeshdemoError as error:
-        log.error("%s", error)
-        return error.exit_status
-    return 0
+    return run(place, verbose=given.verbose)
 
 
 if __name__ == "__main__":

@@ -188,9 +188,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, required=True, help="an empty folder")
     parser.add_argument("--api-token", type=Path, required=True, help="the file with the API's token")
     given = parser.parse_args(arguments)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     place = server.Place(
         state=given.state,
         grpc_port=names.XDS_PORT,
@@ -198,14 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         grpc_host="0.0.0.0",  # noqa: S104 - sidecars come from everywhere, with TLS and their tokens
         open_listen=f"0.0.0.0:{names.OPEN_PORT}",
     )
-    try:
+
+    def backend() -> Backend:
         cluster = Cluster.inside(patience_s=_PATIENCE_S)
-        backend = Backend(place, cluster, given.mesh, given.namespace, given.api_token)
-        asyncio.run(server.serve(place, backend))
-    except MeshdemoError as error:
-        log.error("%s", error)
-        return error.exit_status
-    return 0
+        return Backend(place, cluster, given.mesh, given.namespace, given.api_token)
+
+    return server.run(place, backend)
 
 
 if __name__ == "__main__":

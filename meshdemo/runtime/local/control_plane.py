@@ -17,7 +17,7 @@ from meshdemo.control.client import ControlClient
 from meshdemo.errors import MeshdemoError
 from meshdemo.runtime.local.keeper import BoundedLog, Keeper, Plan, Reaper
 from meshdemo.runtime.local.paths import HOME, MeshPaths
-from meshdemo.runtime.local.ports import LOOPBACK, Port
+from meshdemo.runtime.local.ports import LOOPBACK, Port, renew_lost
 from meshdemo.runtime.local.probe import answers
 
 log = logging.getLogger(__name__)
@@ -127,9 +127,6 @@ class ControlPlane:
         return Plan(command=command, env={**self._environ, HOME: str(self._paths.state.parent)}, cwd="/")
 
     def _port_lost(self) -> bool:
-        lost = [port for port in (self.grpc, self.http) if port.lost()]
-        for port in lost:
-            port.renew()
-        if lost:
+        if lost := renew_lost((self.grpc, self.http)):
             self._moved(lost)
         return bool(lost)

@@ -78,6 +78,14 @@ class Port:
         return False
 
 
+def renew_lost(ports: Iterable[Port]) -> list[Port]:
+    """Choose other numbers for the ports that somebody uses (`Port.lost`); those ports."""
+    lost = [port for port in ports if port.lost()]
+    for port in lost:
+        port.renew()
+    return lost
+
+
 def _close(sockets: Iterable[socket.socket]) -> None:
     for one in sockets:
         one.close()

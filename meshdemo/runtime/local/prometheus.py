@@ -14,7 +14,7 @@ from meshdemo.resources import TEMPLATES
 from meshdemo.runtime.local.control_plane import ControlPlane
 from meshdemo.runtime.local.keeper import BoundedLog, Keeper, Plan, Reaper
 from meshdemo.runtime.local.paths import MeshPaths
-from meshdemo.runtime.local.ports import Port
+from meshdemo.runtime.local.ports import Port, renew_lost
 from meshdemo.runtime.local.probe import answers
 
 RULES = "rules/objectives.yml"  # beside the configuration; there need not be any
@@ -124,8 +124,6 @@ class Prometheus:
         return Plan(command=command(self._binary, self._folder, self.port.number), env=self._environ, cwd="/")
 
     def _port_lost(self) -> bool:
-        if not self.port.lost():
-            return False
-        self.port.renew()
-        self._moved()
-        return True
+        if lost := renew_lost([self.port]):
+            self._moved()
+        return bool(lost)

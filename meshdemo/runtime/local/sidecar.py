@@ -13,7 +13,7 @@ from meshdemo.control.model import Instance
 from meshdemo.files import write_atomic
 from meshdemo.runtime.local.keeper import BoundedLog, Changes, Keeper, Plan, Reaper
 from meshdemo.runtime.local.paths import MeshPaths
-from meshdemo.runtime.local.ports import Port
+from meshdemo.runtime.local.ports import Port, renew_lost
 from meshdemo.runtime.local.probe import listening
 
 # Looks before a sidecar that is live without its listeners is thought to lack a port.
@@ -98,17 +98,12 @@ def keep(
         missing = [port for port in ports() if port.number not in heard]
         if missing:
             blind += 1
-            if blind % _LISTENERS_PATIENCE == 0:
-                renew([port for port in missing if port.lost() and not fixed(port)])
+            if blind % _LISTENERS_PATIENCE == 0 and (
+                lost := renew_lost(port for port in missing if not fixed(port))
+            ):
+                renewed(lost)
+                around.changed()
         return not missing
-
-    def renew(lost: Sequence[Port]) -> None:
-        if not lost:
-            return
-        for port in lost:
-            port.renew()
-        renewed(lost)
-        around.changed()
 
     return Keeper(
         name,
