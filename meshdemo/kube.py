@@ -448,6 +448,12 @@ class Cluster:
             response.close()
 
 
+def key_of(manifest: Manifest) -> tuple[str, str]:
+    """What tells an object from others of its kind: its namespace and its name."""
+    meta = manifest["metadata"]
+    return str(meta.get("namespace", "")), str(meta["name"])
+
+
 def lines(response: Any) -> Iterator[bytes]:
     """The non-empty lines of a response as they arrive. What follows the last newline was cut off."""
     rest = b""

@@ -10,7 +10,7 @@ from kube_mock import FOREVER, ApiServer, Refusal
 from xds_harness import pair
 
 from meshdemo.control import ingress
-from meshdemo.control import kubernetes as k8s
+from meshdemo.control.kubernetes.reflector import Reflector
 from meshdemo.control.model import Entry
 from meshdemo.runtime.kubernetes.entrance import Reporter
 
@@ -296,7 +296,7 @@ def test_a_kind_that_the_cluster_lacks_is_looked_for_again(server: ApiServer) ->
             else {"metadata": {"resourceVersion": "1"}, "items": [route_of()]}
         ),
     )
-    reflector = k8s.Reflector(server.cluster(), "HTTPRoute", "n", lambda: None, absent_pause_s=0.05)
+    reflector = Reflector(server.cluster(), "HTTPRoute", "n", lambda: None, absent_pause_s=0.05)
     reflector.start()
     try:
         assert reflector.listed.wait(10), "its absence is an answer"

@@ -21,10 +21,15 @@ from kube_mock import FOREVER, ApiServer, Refusal, Stored
 
 from meshdemo.apps import loader
 from meshdemo.apps.model import Found
-from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
 from meshdemo.control.identity import service_of, spiffe_id
 from meshdemo.control.intent import Overtaken, eject, set_access
+from meshdemo.control.kubernetes.handouts import Handouts
+from meshdemo.control.kubernetes.kept import API, IntentMap, Keeper, pack
+from meshdemo.control.kubernetes.reflector import Reflector
+from meshdemo.control.kubernetes.source import Source
+from meshdemo.control.kubernetes.state import mesh_state
+from meshdemo.control.kubernetes.tokens import TokenReviews
 from meshdemo.control.model import Intent, MeshState
 from meshdemo.control.plane import ControlPlane
 from meshdemo.control.render.inbound import open_paths
@@ -232,14 +237,14 @@ def pods(version: str, *names: str) -> dict[str, Any]:
     return {"metadata": {"resourceVersion": version}, "items": [pod(name) for name in names]}
 
 
-def reflect(server: ApiServer, **options: Any) -> k8s.Reflector:
+def reflect(server: ApiServer, **options: Any) -> Reflector:
     options = {"first_pause_s": 0.05, **options}
-    reflector = k8s.Reflector(server.cluster(patience_s=0), "Pod", "n", lambda: None, **options)
+    reflector = Reflector(server.cluster(patience_s=0), "Pod", "n", lambda: None, **options)
     reflector.start()
     return reflector
 
 
-def names(reflector: k8s.Reflector) -> set[str]:
+def names(reflector: Reflector) -> set[str]:
     return {one["metadata"]["name"] for one in reflector.objects}
 
 
@@ -364,7 +369,7 @@ def service(name: str, address: str) -> dict[str, Any]:
 
 
 def test_the_mesh_is_what_pods_slices_and_services_say() -> None:
-    found = k8s.mesh_state(
+    found = mesh_state(
         "m", "n", PAIR,
         [
             app_pod("b-1", revision="3"),
@@ -422,7 +427,7 @@ def k8s_service(
 
 def test_what_was_injected_is_found_without_an_app_file() -> None:
     probe = {"readinessProbe": {"httpGet": {"path": "/ready?x=1", "port": 8080}}}
-    found = k8s.mesh_state(
+    found = mesh_state(
         "m", "n", PAIR,
         [
             app_pod("b-1"),
@@ -466,7 +471,7 @@ def test_what_was_injected_is_found_without_an_app_file() -> None:
 def service_names(
     pods: list[dict[str, Any]], slices: list[dict[str, Any]], services: list[dict[str, Any]]
 ) -> dict[str, str]:
-    found = k8s.mesh_state("m", "n", PAIR, pods, slices, services)
+    found = mesh_state("m", "n", PAIR, pods, slices, services)
     return {one.id: one.service for one in found.instances}
 
 
@@ -538,7 +543,7 @@ def test_how_a_protocol_is_told(
 ) -> None:
     one = injected("x-1", "x", **pod)
     one["metadata"]["annotations"] = annotations
-    found = k8s.mesh_state(
+    found = mesh_state(
         "m", "n", PAIR, [one], [slice_of("x", 8080, "x-1", port_name=port.get("name", ""))],
         [k8s_service("x", "10.96.1.1", **{"port": 80, **port})],
     )  # fmt: skip
@@ -557,12 +562,12 @@ def test_probes_and_other_ports_of_a_pod_go_on_as_they_were() -> None:
     ]
     metrics = k8s_service("metrics", "10.96.1.2", 9464, selector={"never": "mind"})
     slices = [slice_of("x", 8080, "x-1"), slice_of("metrics", 9464, "x-1")]
-    found = k8s.mesh_state("m", "n", PAIR, [pod], slices, [k8s_service("x", "10.96.1.1", 80), metrics])
+    found = mesh_state("m", "n", PAIR, [pod], slices, [k8s_service("x", "10.96.1.1", 80), metrics])
     service = found.app.services["x"]
     assert service.found == Found(grpc_probe=True, aside=(9000, 9464, 24224))
     assert open_paths(service) == {"/grpc.health.v1.Health/Check": ["POST"]}  # the other probe goes elsewhere
     # A pod that nobody calls may be probed as well.
-    alone = k8s.mesh_state(
+    alone = mesh_state(
         "m", "n", PAIR, [injected("y-1", "y", livenessProbe={"tcpSocket": {"port": 7}})], [], []
     )
     assert alone.app.services["account-default"].found == Found(aside=(7,))
@@ -574,7 +579,7 @@ def test_all_ways_to_the_same_port_are_the_same_service() -> None:
     web["spec"]["ports"].append({"name": "also", "port": 81})
     slices = [slice_of("web", 8080, "web-1", port_name="http"), slice_of("web-lb", 8080, "web-1")]
     slices[0]["ports"].append({"name": "also", "port": 8080})
-    found = k8s.mesh_state("m", "n", PAIR, [injected("web-1", "web")], slices, [web, more])
+    found = mesh_state("m", "n", PAIR, [injected("web-1", "web")], slices, [web, more])
     assert set(found.app.services) - set(PAIR.services) == {"web"}
     assert found.places("web") == [
         ("web", "10.96.1.1", 80),
@@ -586,9 +591,7 @@ def test_all_ways_to_the_same_port_are_the_same_service() -> None:
 
 def test_a_headless_service_is_reached_as_before() -> None:
     headless = k8s_service("db", "None", 5432)
-    found = k8s.mesh_state(
-        "m", "n", PAIR, [injected("db-0", "db")], [slice_of("db", 5432, "db-0")], [headless]
-    )
+    found = mesh_state("m", "n", PAIR, [injected("db-0", "db")], [slice_of("db", 5432, "db-0")], [headless])
     assert {one.id: one.service for one in found.instances} == {"db-0": "account-default"}
     assert found.app.services["account-default"].found == Found(aside=(5432,))
 
@@ -596,14 +599,14 @@ def test_a_headless_service_is_reached_as_before() -> None:
 def test_a_gateway_is_told_by_its_labels_and_its_account() -> None:
     edge, impostor = injected("gateway-1", "gateway", account="gateway"), injected("other-1", "gateway")
     edge["metadata"]["labels"][COMPONENT] = "gateway"
-    found = k8s.mesh_state("m", "n", PAIR, [app_pod("b-1"), edge, impostor], [], [])
+    found = mesh_state("m", "n", PAIR, [app_pod("b-1"), edge, impostor], [], [])
     assert [one.id for one in found.gateways] == ["gateway-1"]
     assert [one.id for one in found.instances] == ["b-1"]
     assert found.app == PAIR
 
 
 def test_without_injected_pods_the_app_is_what_was_declared() -> None:
-    found = k8s.mesh_state("m", "n", PAIR, [app_pod("b-1")], [], [k8s_service("other", "10.96.9.9", 80)])
+    found = mesh_state("m", "n", PAIR, [app_pod("b-1")], [], [k8s_service("other", "10.96.9.9", 80)])
     assert found.app == PAIR
     assert found.ports == {}
 
@@ -623,7 +626,7 @@ def test_services_of_the_same_name_in_two_namespaces_are_two() -> None:
             injected("b-1", "service-b"), injected("edge-0", "gateway"),
         )
     ]  # fmt: skip
-    found = k8s.mesh_state(
+    found = mesh_state(
         "m", "n", PAIR,
         [of("n", app_pod("b-1")), of("n", injected("dotted.name", "x"))] + [one for one in others if "status" in one],
         [endpoints("service-b", b_1=True)] + [one for one in others if "endpoints" in one],
@@ -702,7 +705,7 @@ def test_pods_are_looked_for_everywhere_and_what_is_around_them_where_they_are(
     (tmp_path / "trust.pem").write_text("root")
 
     async def look() -> None:
-        source = k8s.Source(cluster, "m", "n")
+        source = Source(cluster, "m", "n")
         try:
             async with asyncio.timeout(60):
                 mesh = await source.start()
@@ -711,13 +714,11 @@ def test_pods_are_looked_for_everywhere_and_what_is_around_them_where_they_are(
                 "web-0.shop": "web.shop",
             }
             assert source.guests() == {"shop"}
-            reviews = k8s.TokenReviews(cluster, source)
+            reviews = TokenReviews(cluster, source)
             proven = await reviews.instance("of web-0", mesh)
             assert proven is not None and proven.id == "web-0.shop"
             assert await reviews.instance("of a web-0 of the mesh's own namespace", mesh) is None
-            handouts = k8s.Handouts(
-                cluster, "m", source.guests, {"bootstrap.yaml": "b"}, tmp_path / "trust.pem"
-            )
+            handouts = Handouts(cluster, "m", source.guests, {"bootstrap.yaml": "b"}, tmp_path / "trust.pem")
             assert await asyncio.to_thread(handouts.save)
             assert not await asyncio.to_thread(handouts.save)
         finally:
@@ -758,7 +759,7 @@ def test_a_namespace_that_takes_nothing_keeps_nothing_from_the_others(
         "patch /api/v1/namespaces/a/configmaps/meshdemo-m", Refusal(403, "Forbidden", "it is going")
     )
     server.answer("patch /api/v1/namespaces/b/configmaps/meshdemo-m")
-    handouts = k8s.Handouts(server.cluster(patience_s=0), "m", lambda: {"a", "b"}, {}, tmp_path / "trust.pem")
+    handouts = Handouts(server.cluster(patience_s=0), "m", lambda: {"a", "b"}, {}, tmp_path / "trust.pem")
     for _ in range(2):
         with pytest.raises(Failed, match=r"meshdemo-m in a: .*it is going"):
             handouts.save()
@@ -781,7 +782,7 @@ class _Pods:
 REVIEWS = "post /apis/authentication.k8s.io/v1/tokenreviews"
 MESH = MeshState(
     mesh="m", namespace="n", app=PAIR,
-    instances=k8s.mesh_state("m", "n", PAIR, [app_pod("b-1"), app_pod("b-2")], [], []).instances,
+    instances=mesh_state("m", "n", PAIR, [app_pod("b-1"), app_pod("b-2")], [], []).instances,
 )  # fmt: skip
 
 
@@ -801,8 +802,8 @@ def review(
     }
 
 
-def whose(server: ApiServer, token: str, reviews: k8s.TokenReviews | None = None) -> str | None:
-    reviews = reviews or k8s.TokenReviews(server.cluster(patience_s=0), _Pods())  # type: ignore[arg-type]
+def whose(server: ApiServer, token: str, reviews: TokenReviews | None = None) -> str | None:
+    reviews = reviews or TokenReviews(server.cluster(patience_s=0), _Pods())  # type: ignore[arg-type]
     found = asyncio.run(reviews.instance(token, MESH))
     return found.id if found else None
 
@@ -842,7 +843,7 @@ def test_a_review_holds_for_a_while_and_outlives_an_absent_server(server: ApiSer
     server.answer(REVIEWS, review(), times=1)
     server.answer(REVIEWS, status=503)
     now = [0.0]
-    reviews = k8s.TokenReviews(
+    reviews = TokenReviews(
         server.cluster(patience_s=0),
         _Pods(),
         holds_s=60,
@@ -863,7 +864,7 @@ def test_a_review_holds_for_a_while_and_outlives_an_absent_server(server: ApiSer
 
 def test_the_intent_survives_and_two_writers_cannot_overwrite_each_other(server: ApiServer) -> None:
     stored = Stored(server, "meshdemo-intent")
-    one, two = (k8s.IntentMap(server.cluster(), "n") for _ in range(2))
+    one, two = (IntentMap(server.cluster(), "n") for _ in range(2))
     assert one.load() == two.load() == Intent()
     changed = Intent(revision=2, access={"a>b": True})
     one.save(changed)
@@ -877,7 +878,7 @@ def test_the_intent_survives_and_two_writers_cannot_overwrite_each_other(server:
 
 def test_who_asks_again_since_the_answer_was_lost_has_not_overtaken_himself(server: ApiServer) -> None:
     stored = Stored(server, "meshdemo-intent")
-    kept = k8s.IntentMap(server.cluster(), "n")
+    kept = IntentMap(server.cluster(), "n")
     kept.load()
     stored.loses_answers = 1
     kept.save(Intent(revision=2))
@@ -889,13 +890,13 @@ def test_an_intent_that_somebody_else_changed_is_in_force_and_changes_go_on_from
     server: ApiServer, tmp_path: Path
 ) -> None:
     stored = Stored(server, "meshdemo-intent")
-    mesh = k8s.mesh_state("m", "n", PAIR, [app_pod("b-1"), app_pod("b-2")], [], [])
+    mesh = mesh_state("m", "n", PAIR, [app_pod("b-1"), app_pod("b-2")], [], [])
 
     def deny(intent: Intent, mesh: MeshState) -> Intent:
         return set_access(intent, mesh, "service-a", "service-b", False)
 
     async def work() -> None:
-        intents = k8s.IntentMap(server.cluster(), "n")
+        intents = IntentMap(server.cluster(), "n")
         plane = ControlPlane(tmp_path, mesh, journal=lambda _: None, intents=intents)
         await plane.change(lambda i, m: eject(i, m, "b-1", reason="r", by="test", now=1))
         # By hand, with kubectl.
@@ -924,7 +925,7 @@ def test_an_intent_that_somebody_else_changed_is_in_force_and_changes_go_on_from
 def test_an_intent_that_is_none_is_told(server: ApiServer) -> None:
     Stored(server, "meshdemo-intent").write({"data": {"intent.json": '{"revision": "x"}'}})
     with pytest.raises(Failed, match="does not hold an intent"):
-        k8s.IntentMap(server.cluster(), "n").load()
+        IntentMap(server.cluster(), "n").load()
 
 
 def test_files_are_carried_back_and_found_again(server: ApiServer, tmp_path: Path) -> None:
@@ -933,8 +934,8 @@ def test_files_are_carried_back_and_found_again(server: ApiServer, tmp_path: Pat
     for folder in (first, second):
         folder.mkdir()
 
-    def keeper(folder: Path) -> k8s.Keeper:
-        return k8s.Keeper(
+    def keeper(folder: Path) -> Keeper:
+        return Keeper(
             server.cluster(), "Secret", "meshdemo-ca", "n", folder, ("ca.pem", "next.pem"), at_most=100
         )
 
@@ -1364,8 +1365,8 @@ def test_a_lease_that_was_taken_away_interrupts(server: ApiServer, monkeypatch: 
 def test_tokens_and_roots_are_packed_as_secrets_hold_them() -> None:
     import gzip
 
-    assert gzip.decompress(base64.b64decode(k8s.pack(b"root"))) == b"root"
-    assert k8s.pack(b"root") == k8s.pack(b"root")  # no time in it: equal content is no change
+    assert gzip.decompress(base64.b64decode(pack(b"root"))) == b"root"
+    assert pack(b"root") == pack(b"root")  # no time in it: equal content is no change
 
 
 # -- which mesh it is -------------------------------------------------------------------------------------
@@ -1379,7 +1380,7 @@ def test_a_mesh_is_told_from_one_of_the_same_name(
     runtime = KubernetesRuntime("n", "kubernetes")
     assert runtime.identity() is None, "nothing is remembered of it"
     record.save(record.Record(kind="kubernetes", mesh="n"))
-    path = f"get /api/v1/namespaces/n/secrets/{k8s.API}"
+    path = f"get /api/v1/namespaces/n/secrets/{API}"
     server.answer(path, {"metadata": {"uid": "first"}}, times=1)
     server.answer(path, {"metadata": {"uid": "second"}}, times=1)
     server.answer(path, Refusal(503, "ServiceUnavailable", "a moment"), times=1)

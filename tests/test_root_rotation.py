@@ -21,9 +21,9 @@ from kube_mock import ApiServer, Refusal, Stored
 from test_xds_e2e_tls import WORK, knock, served_certificate
 from xds_harness import Load, Member, Mesh, pair, until
 
-from meshdemo.control import kubernetes as k8s
 from meshdemo.control.bootstrap import Placement, bootstrap_files
 from meshdemo.control.identity import CONTROL_PLANE_NAME, Authority, spiffe_id
+from meshdemo.control.kubernetes.kept import AuthorityKeeper
 from meshdemo.control.plane import Settings
 from meshdemo.errors import Failed
 
@@ -140,7 +140,7 @@ class ClusterMesh(Mesh):
         """A new pod: its folder is empty, and is filled from the Secret."""
         shutil.rmtree(self.state)
         self.state.mkdir(mode=0o700)
-        keeper = k8s.AuthorityKeeper(self.server.cluster(patience_s=0), "n", self.state)
+        keeper = AuthorityKeeper(self.server.cluster(patience_s=0), "n", self.state)
         keeper.restore()
 
         def keep() -> None:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from meshdemo import names
 from meshdemo.apps.model import GATEWAY
-from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import instance_of
+from meshdemo.control.kubernetes import kept
+from meshdemo.control.kubernetes.state import mesh_state
 from meshdemo.errors import BadInput, Failed, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.names import PLAIN_PORT, PREFIX
@@ -87,7 +88,7 @@ class KubernetesRuntime:
         from meshdemo.control.client import ControlClient
 
         if self._forward is None:
-            stored = self.cluster.get("Secret", k8s.API, self.namespace)
+            stored = self.cluster.get("Secret", kept.API, self.namespace)
             if stored is None or "token" not in stored.get("data", {}):
                 self.spec_map.load()  # says what is missing
                 raise Missing(f"mesh '{self.name}' is not complete", f"run `meshdemo up --name {self.name}`")
@@ -145,7 +146,7 @@ class KubernetesRuntime:
         places = {self.namespace, *(pod["metadata"]["namespace"] for pod in pods)}
         slices = [one for place in sorted(places) for one in self.cluster.find("EndpointSlice", place)]
         services = [one for place in sorted(places) for one in self.cluster.find("Service", place)]
-        return k8s.mesh_state(self.name, self.namespace, declared, pods, slices, services)
+        return mesh_state(self.name, self.namespace, declared, pods, slices, services)
 
     def _everywhere(self, kind: str, labels: str) -> list[Manifest]:
         """Objects of the whole cluster, or of the mesh's namespace for those who may not see more."""
@@ -551,7 +552,7 @@ class KubernetesRuntime:
         if found is None:
             return None
         # Anew each time: another cluster may have taken the place of the one that was spoken to.
-        secret = found.connect(patience_s=0).get("Secret", k8s.API, found.namespace)
+        secret = found.connect(patience_s=0).get("Secret", kept.API, found.namespace)
         return None if secret is None else str(secret["metadata"]["uid"])
 
 

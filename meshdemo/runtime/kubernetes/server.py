@@ -19,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from meshdemo import names
-from meshdemo.control import kubernetes as k8s
 from meshdemo.control import server
 from meshdemo.control.api.mesh import Control
+from meshdemo.control.kubernetes import kept
+from meshdemo.control.kubernetes.handouts import Handouts
+from meshdemo.control.kubernetes.kept import AuthorityKeeper, IntentMap, Keeper, keep
+from meshdemo.control.kubernetes.source import Source
+from meshdemo.control.kubernetes.tokens import TokenReviews
 from meshdemo.control.model import MeshState
 from meshdemo.errors import Failed, MeshdemoError
 from meshdemo.kube import ApiError, Cluster
@@ -48,20 +52,20 @@ class Backend(server.Backend):
         self._place = place
         self._cluster, self._namespace = cluster, namespace
         self._token = token
-        self._source = k8s.Source(cluster, mesh, namespace)
+        self._source = Source(cluster, mesh, namespace)
         self._specs = SpecMap(cluster, mesh, namespace)
-        self.authenticator = k8s.TokenReviews(cluster, self._source)
-        self.intents = k8s.IntentMap(cluster, namespace)
+        self.authenticator = TokenReviews(cluster, self._source)
+        self.intents = IntentMap(cluster, namespace)
         folder = place.control
-        self._authority = k8s.AuthorityKeeper(cluster, namespace, folder)
+        self._authority = AuthorityKeeper(cluster, namespace, folder)
         self.keep_authority = self._authority.save
         self._keepers = (
             self._authority,
-            k8s.Keeper(cluster, "ConfigMap", k8s.JOURNAL, namespace, folder, ("events.jsonl",)),
+            Keeper(cluster, "ConfigMap", kept.JOURNAL, namespace, folder, ("events.jsonl",)),
         )
         self._reporter = Reporter(cluster, namespace)
         self._changed = asyncio.Event()
-        self._handouts = k8s.Handouts(
+        self._handouts = Handouts(
             cluster, mesh, self._source.guests, manifests.sidecar_files(namespace), folder / "trust.pem"
         )
 
@@ -83,7 +87,7 @@ class Backend(server.Backend):
         """Take changes in, carry back what must be kept, end what is over, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._refresh(control))
-            tasks.create_task(k8s.keep((*self._keepers, self._handouts)))
+            tasks.create_task(keep((*self._keepers, self._handouts)))
             tasks.create_task(self._end_what_is_over())
             tasks.create_task(self._leave_events(control))
             tasks.create_task(self._report_entrance())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
-from meshdemo.control.kubernetes import SPEC
+from meshdemo.control.kubernetes.kept import SPEC
 from meshdemo.control.model import WorkloadRevision
 from meshdemo.errors import Failed, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest

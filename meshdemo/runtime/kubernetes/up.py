@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from meshdemo import names
 from meshdemo.apps.model import GATEWAY
-from meshdemo.control import kubernetes as k8s
 from meshdemo.control.discovered import declared
+from meshdemo.control.kubernetes import kept
+from meshdemo.control.kubernetes.kept import pack
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
 from meshdemo.kube import ApiError, Cluster, Manifest
 from meshdemo.resources import DEFAULT_POLICY
@@ -529,20 +530,20 @@ def _fill_state(cluster: Cluster, mesh: str, namespace: str) -> None:
     """Make what the mesh starts from and nobody but it may know: its root certificate, the API's token."""
     from meshdemo.control.identity import Authority
 
-    api = cluster.get("Secret", k8s.API, namespace) or {}
+    api = cluster.get("Secret", kept.API, namespace) or {}
     if "token" not in (api.get("data") or {}):
         token = base64.b64encode(secrets.token_urlsafe(32).encode()).decode()
-        cluster.patch("Secret", k8s.API, namespace, {"data": {"token": token}}, merge="merge")
-    authority = cluster.get("Secret", k8s.AUTHORITY, namespace) or {}
+        cluster.patch("Secret", kept.API, namespace, {"data": {"token": token}}, merge="merge")
+    authority = cluster.get("Secret", kept.AUTHORITY, namespace) or {}
     if "ca.pem.gz" in (authority.get("data") or {}):
         return
     with tempfile.TemporaryDirectory(prefix="meshdemo-") as name:
         folder = Path(name)
         trust = Authority(folder, mesh, time.time()).trust
-        made = {f"{path.name}.gz": k8s.pack(path.read_bytes()) for path in folder.iterdir()}
-    cluster.patch("ConfigMap", k8s.TRUST, namespace, {"data": {"trust.pem": trust.decode()}}, merge="merge")
+        made = {f"{path.name}.gz": pack(path.read_bytes()) for path in folder.iterdir()}
+    cluster.patch("ConfigMap", kept.TRUST, namespace, {"data": {"trust.pem": trust.decode()}}, merge="merge")
     # Last: it says that all is there.
-    cluster.patch("Secret", k8s.AUTHORITY, namespace, {"data": made}, merge="merge")
+    cluster.patch("Secret", kept.AUTHORITY, namespace, {"data": made}, merge="merge")
 
 
 # -- down --------------------------------------------------------------------------------------------------
