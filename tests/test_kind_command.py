@@ -20,7 +20,7 @@ from meshdemo.runtime.steps import run_steps
 _SLOW_DOCKER = """
 case "$1 $2" in
   "version --quiet") echo 0.33.0;;
-  "create cluster") touch asked; setsid sh -c 'while [ -e asked ]; do sleep 0.1; done; touch node made' & sleep 60;;
+  "create cluster") setsid sh -c 'touch asked; while [ -e asked ]; do sleep 0.1; done; touch node made' & sleep 60;;
   "get nodes") [ ! -e node ] || echo node;;
   "delete cluster") rm -f node asked;;
 esac

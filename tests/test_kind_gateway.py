@@ -16,7 +16,7 @@ import pytest
 from kind_harness import Mesh, on_kind, require, until
 from xds_harness import free_port
 
-from meshdemo.runtime.kubernetes import up
+from meshdemo.runtime.kubernetes import down
 
 pytestmark = [pytest.mark.kind, pytest.mark.xdist_group("kind")]
 
@@ -304,7 +304,7 @@ def test_an_injected_app_is_part_of_the_mesh_in_whatever_namespace(mesh: Mesh) -
     assert not pod["spec"].get("initContainers")
     until(lambda: get(mesh, "/work", "green.test")[0] == 503, "green is no part of it any more")
     notes: list[str] = []
-    removed = up._remove_handouts(mesh.cluster, mesh.runtime.record, notes)
+    removed = down._remove_handouts(mesh.cluster, mesh.runtime.record, notes)
     assert f"ConfigMap meshdemo-{mesh.name} in blue" in removed
     assert "stay in blue" in notes[0]
 

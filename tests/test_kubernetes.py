@@ -39,7 +39,7 @@ from meshdemo.kube import ApiError, Cluster
 from meshdemo.names import COMPONENT, REVISION, SERVICE, VERSION
 from meshdemo.names import MESH as MESH_LABEL
 from meshdemo.runtime.base import UpOptions
-from meshdemo.runtime.kubernetes import apply, lease, record, up
+from meshdemo.runtime.kubernetes import apply, down, lease, record
 from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
 from meshdemo.runtime.kubernetes.specs import SpecMap
 from meshdemo.runtime.local.spec import wanted
@@ -741,13 +741,13 @@ def test_down_takes_back_what_other_namespaces_were_given(server: ApiServer) -> 
     server.answer("delete /api/v1/namespaces/shop/configmaps/meshdemo-m")
     found = record.Record(kind="kubernetes", mesh="n")
     notes: list[str] = []
-    removed = up._remove_handouts(server.cluster(patience_s=0), found, notes)
+    removed = down._remove_handouts(server.cluster(patience_s=0), found, notes)
     assert removed == ["ConfigMap meshdemo-m in shop"]
     assert [str(one.url.path) for one in server.requests("delete")] == [
         "/api/v1/namespaces/shop/configmaps/meshdemo-m"
     ]
     assert "stay in shop" in notes.pop()
-    assert up._remove_handouts(server.cluster(patience_s=0), found, notes) == []
+    assert down._remove_handouts(server.cluster(patience_s=0), found, notes) == []
     assert "not you" in notes.pop()
 
 
@@ -1273,7 +1273,7 @@ def test_what_up_made_is_removed_from_a_cluster_without_the_gateway_api(server: 
     server.answer("get /api/v1/configmaps", listing())
     server.answer("get /api/v1/pods", listing())
     found = record.Record(kind="kubernetes", mesh="m")
-    removed = up._remove_objects(server.cluster(), found, [])
+    removed = down._remove_objects(server.cluster(), found, [])
     assert removed == ["ClusterRoleBinding m", "ClusterRole m", "namespace m"]
 
 

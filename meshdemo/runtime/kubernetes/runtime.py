@@ -115,7 +115,7 @@ class KubernetesRuntime:
 
     def down(self) -> list[str]:
         """Remove all that `up` made; what was removed, in words. Nothing running is fine."""
-        from meshdemo.runtime.kubernetes.up import remove
+        from meshdemo.runtime.kubernetes.down import remove
 
         found = record.load(self.name)
         return remove(found, self.notes) if found else []
