@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -345,6 +347,29 @@ def test_choosing_a_runtime() -> None:
     assert select.choose("local", "m")[0].kind == "local"
     with pytest.raises(BadInput, match="allowed is auto, local, kind, kubernetes"):
         select.choose("nomad", "m")
+
+
+def test_a_mesh_for_which_inotify_has_no_room_is_refused(tmp_path: Path) -> None:
+    """In a user namespace, which has a limit of its own; Envoy aborts where it gets fewer than it needs."""
+    limit = "/proc/sys/user/max_inotify_instances"
+    enclosed = ["unshare", "--user", "--map-root-user", "sh", "-c"]
+    try:
+        subprocess.run([*enclosed, f"echo 9 > {limit}"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("INOTIFY WAS NOT TESTED: no user namespace can be made here")
+    meshdemo = f"{sys.executable} -m meshdemo"
+    done = subprocess.run(
+        [*enclosed, f"echo 9 > {limit}; {meshdemo} up; echo $?; {meshdemo} check --runtime local -o json"],
+        env={**os.environ, "MESHDEMO_HOME": str(tmp_path / "home")}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    status, _, report = done.stdout.partition("\n")
+    assert status == "3"
+    assert "more inotify instances, and you may have 9" in done.stderr
+    assert "sysctl fs.inotify.max_user_instances=" in done.stderr
+    found = {one["name"]: one for one in json.loads(report)["checks"]}
+    assert (found["inotify"]["ok"], found["inotify"]["required"]) == (False, True)
+    assert not (tmp_path / "home").exists()
 
 
 def test_checks_touch_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from meshdemo.runtime.select import KINDS
 
 _PYTHON = (3, 11)
 _ROOM_MB = 50
+_LEAST_INSTANCES = 3  # the app `pair`, as it is
 _TIMEOUT_S = 10.0
 
 
@@ -41,6 +42,7 @@ def check(runtime: str) -> list[Check]:
         lambda: _envoy(required=here),
         lambda: _ports(required=here),
         lambda: _state(required=here),
+        lambda: _inotify(required=here),
         _prometheus,
     ]
     if runtime != "local":
@@ -112,6 +114,20 @@ def _state(*, required: bool) -> Check:
             "make room, or set MESHDEMO_HOME to a folder on another disk",
         )  # fmt: skip
     return Check("state folder", True, required, f"{folder} ({free_mb} MB free)")
+
+
+def _inotify(*, required: bool) -> Check:
+    from meshdemo.runtime.local import room
+
+    needed = room.inotify_needed(_LEAST_INSTANCES, fresh=True)
+    free, limit = room.inotify_free(needed), room.inotify_limit()
+    if free < needed:
+        return Check(
+            "inotify", False, required, f"{free} more instances may be had, the smallest mesh needs {needed}",
+            f"{room.inotify_remedy(needed - free)}, or end other programs that watch files",
+        )  # fmt: skip
+    allowed = f"{limit} instances for each user" if limit else "no limit is known"
+    return Check("inotify", True, required, f"{allowed}; each sidecar takes {room.INOTIFY_AN_ENVOY}")
 
 
 def _prometheus() -> Check:

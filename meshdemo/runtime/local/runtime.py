@@ -73,6 +73,7 @@ class LocalRuntime:
         ready = running is not None and all(one["ready"] for one in running["instances"])
         if ready and not specs.differences(before, wanted):
             return []
+        room.check_inotify(wanted.instances, before.instances if running and before is not None else 0)
         asked = options.extra.get("gateway_port")
         has = running["gateway_port"] if running else before.gateway_port if before else None
         if asked is not None and asked != has:
