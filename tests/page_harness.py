@@ -26,9 +26,10 @@ from meshdemo.apps.model import App
 from meshdemo.control import goals, hand, load, metrics, objectives, page
 from meshdemo.control.api.app import create_app
 from meshdemo.control.api.mesh import Control
+from meshdemo.control.intent import Change
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
-from meshdemo.control.plane import Change, Sidecar
+from meshdemo.control.plane import Sidecar
 from meshdemo.control.session import Sessions
 from meshdemo.control.signals import Cell, Histogram
 from meshdemo.control.tap import Tap

@@ -42,10 +42,10 @@ def test_a_shorter_one_is_not_slept_through(tmp_path: Path) -> None:
     async def change(plane: ControlPlane, _: Any) -> None:
         await asyncio.sleep(0)  # the timer pauses for as long as certificates of an hour let it
         await plane.change(lambda intent, _: set_certificate_lifetime(intent, 10))
-        first = plane._server_certificate
+        first = plane._certificates.server
         assert first.expires_at - time.time() < 10.5
         async with asyncio.timeout(30):
-            while plane._server_certificate is first:  # noqa: ASYNC110 (there is nothing to wait on)
+            while plane._certificates.server is first:  # noqa: ASYNC110 (there is nothing to wait on)
                 await asyncio.sleep(0.05)
         assert time.time() < first.expires_at
 

@@ -80,10 +80,10 @@ def test_a_change_is_kept_and_comes_back_after_a_restart(tmp_path: Path) -> None
 
 def test_an_instance_that_becomes_another_service_gets_its_identity(tmp_path: Path) -> None:
     async def work(plane: ControlPlane, _: Any) -> None:
-        first = plane._identity(MESH.instances[0])
+        first = plane._certificates.of(MESH.instances[0], plane.mesh)
         other = MESH.instances[0].model_copy(update={"service": "service-a"})
         await plane.refresh(MESH.model_copy(update={"instances": (other, MESH.instances[1])}))
-        second = plane._identity(other)
+        second = plane._certificates.of(other, plane.mesh)
         assert first[0].chain != second[0].chain
         (names,) = (
             one["identity"] for one in (await plane.identities())["instances"] if one["instance"] == "b-1"

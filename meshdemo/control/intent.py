@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,10 @@ _REQUEST_FIELDS = frozenset(
     ("id", "at", "kind", "service", "version", "instance", "route", "caller", "lat_ms", "err_rate", "share",
      "revision", "started_at", "for_s", "starting")
 )  # fmt: skip
+
+Change = Callable[[Intent, MeshState], Intent]
+"""A change of the intent: pure, and raises BadInput if it makes no sense. The functions here fit through a
+lambda: `plane.change(lambda intent, mesh: add_fault(intent, fault))`."""
 
 
 # -- faults -----------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ class Leases:
         if lease is None or lease.owner != owner:
             return False
         self._ends[service] = (owner, self._clock() + lease.lasts_s)
+        self._ran_out.pop(service, None)  # it was to be taken back, and that failed
         return True
 
     def over(self, intent: Intent) -> tuple[list[str], float | None]:

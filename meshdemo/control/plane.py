@@ -22,32 +22,25 @@ from typing import Any
 import grpc
 import jinja2
 import yaml
-from envoy.extensions.transport_sockets.tls.v3.secret_pb2 import Secret
 from google.protobuf.json_format import ParseError
 
 from meshdemo.control import xds
-from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Nack, Outcome
-from meshdemo.control.identity import Authenticator, Authority, Certificate, TokenHashes, bearer, spiffe_id
-from meshdemo.control.intent import Intents, IntentStore, Overtaken, expire_faults, expire_leases, forget_gone
-from meshdemo.control.leases import Leases
-from meshdemo.control.model import Effect, Instance, Intent, MeshState, SplitLease
+from meshdemo.control.certificates import Certificates
+from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Journal, Nack, Outcome
+from meshdemo.control.expiry import Expiry
+from meshdemo.control.identity import Authenticator, Authority, TokenHashes, bearer, spiffe_id
+from meshdemo.control.intent import Change, Intents, IntentStore, Overtaken, forget_gone
+from meshdemo.control.model import Effect, Instance, Intent, MeshState
 from meshdemo.control.render.renderer import Renderer
 from meshdemo.control.render.split import real_share
 from meshdemo.errors import Failed
 from meshdemo.resources import TEMPLATES
 
-__all__ = ["SERVER_OPTIONS", "Change", "ControlPlane", "Journal", "Settings", "Sidecar"]
+__all__ = ["SERVER_OPTIONS", "ControlPlane", "Settings", "Sidecar"]
 
 log = logging.getLogger(__name__)
 
 _ASKS_WITHIN_S = 1.0  # after a sidecar has connected
-
-Change = Callable[[Intent, MeshState], Intent]
-"""A change of the intent: pure, and raises BadInput if it makes no sense. Those of `intent.py` fit through
-a lambda: `plane.change(lambda intent, mesh: add_fault(intent, mesh, fault))`."""
-
-Journal = Callable[[Mapping[str, Any]], None]
-"""Where the control plane says what happened: a flat event with `event` and what belongs to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +97,20 @@ class ControlPlane:
         self._authority = Authority(state, mesh.mesh, clock())
         self._mesh = mesh
         self._intent = forget_gone(self._store.load(), mesh)
-        self._server_certificate = self._issue_server_certificate()
+        self._certificates = Certificates(self._authority, self._lifetime_s, clock)
         self._tap = False
         self.load_token = secrets.token_urlsafe(24)
         """What sidecars let the load of an instance be set by; another one each time."""
         self._renderer = Renderer(self._settings.templates, self.load_token)
         self._rendered = self._render(self._mesh, self._intent)
-        self._trust = self._trust_bundle()
-        self._identities: dict[str, tuple[Certificate, xds.Bundle]] = {}
         self._composed: dict[str, tuple[tuple[Any, ...], xds.Snapshot]] = {}
         self._discovery = Discovery(self._wanted, self.authenticate, journal)
         self._keep_authority = keep_authority or (lambda: None)
         self._changing = asyncio.Lock()
         self._rotating = asyncio.Lock()  # the root
-        self._intent_changed = asyncio.Event()
         self._lifetime_changed = asyncio.Event()
         self._timers: list[asyncio.Task[None]] = []
-        self._leases = Leases()
+        self._expiry = Expiry(lambda: self._intent, self.change, journal, clock)
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -128,8 +118,8 @@ class ControlPlane:
         """Start the timers (fault expiry, certificates). Call on the loop that serves."""
         _expect_many_sidecars()
         self._timers = [
-            asyncio.create_task(self._expire_faults()),
-            asyncio.create_task(self._expire_leases()),
+            asyncio.create_task(self._expiry.end_faults()),
+            asyncio.create_task(self._expiry.end_splits()),
             asyncio.create_task(self._renew_certificates()),
         ]
         if self._authority.replacing_root:
@@ -144,20 +134,7 @@ class ControlPlane:
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """TLS for the gRPC server, from the mesh's own authority; follows the rotation of its certificate."""
-        first = self._server_certificate
-        served = first
-
-        def fetch() -> grpc.ServerCertificateConfiguration | None:
-            """Called for each handshake, on a thread of gRPC; None: as before."""
-            nonlocal served
-            if served is self._server_certificate:
-                return None
-            served = self._server_certificate
-            return grpc.ssl_server_certificate_configuration([(served.key, served.chain)])
-
-        return grpc.dynamic_ssl_server_credentials(
-            grpc.ssl_server_certificate_configuration([(first.key, first.chain)]), fetch
-        )
+        return self._certificates.server_credentials()
 
     def handlers(self) -> Sequence[grpc.GenericRpcHandler]:
         """The gRPC services to add to the server (`server.add_generic_rpc_handlers`): ADS.
@@ -266,10 +243,9 @@ class ControlPlane:
             self._take(intent, rendered)
             for instance in mesh.sidecars:
                 if was.get(instance.id, instance.service) != instance.service:
-                    self._identities.pop(instance.id, None)  # somebody else's now
+                    self._certificates.forget(instance.id)  # somebody else's now
             there = {instance.id for instance in mesh.sidecars}
-            for gone in set(self._identities) - there:
-                del self._identities[gone]
+            self._certificates.retain(there)
             for gone in set(self._composed) - there:
                 del self._composed[gone]
             self._discovery.retain(mesh.sidecars)
@@ -309,13 +285,11 @@ class ControlPlane:
                 {
                     "instance": instance.id,
                     "identity": spiffe_id(self._mesh.mesh, self._mesh.namespace, instance.service),
-                    "expires_at": known[0].expires_at
-                    if (known := self._identities.get(instance.id))
-                    else None,
+                    "expires_at": self._certificates.expires_at(instance.id),
                 }
                 for instance in self._mesh.instances
             ],
-            "lifetime_s": self._lifetime_s,
+            "lifetime_s": self._certificates.lifetime_s,
             "trusted_roots": self._authority.trust.count(b"BEGIN CERTIFICATE"),
             "replacing_root": self._authority.replacing_root,
         }
@@ -324,8 +298,7 @@ class ControlPlane:
         """Give every connected sidecar a fresh key and certificate now (also done by itself in time)."""
         started = time.perf_counter()
         async with self._changing:
-            self._identities.clear()
-            self._server_certificate = self._issue_server_certificate()
+            self._certificates.reissue()
             outcome = await self._push()
         return self._effect(started, outcome)
 
@@ -347,12 +320,11 @@ class ControlPlane:
         async with self._rotating:
             self._authority.prepare_root(self._clock())
             await asyncio.to_thread(self._keep_authority)
-            self._trust = self._trust_bundle()
+            self._certificates.trust_anew()
             await self._everyone("trusting the new root as well")
             self._authority.switch_root()
             await asyncio.to_thread(self._keep_authority)
-            self._identities.clear()
-            self._server_certificate = self._issue_server_certificate()
+            self._certificates.reissue()
             await self._everyone("its certificate of the new root")
             # Handshakes that began with the old certificates end with them.
             await asyncio.sleep(self._settings.root_overlap_s)
@@ -362,20 +334,23 @@ class ControlPlane:
             except Failed as error:
                 # A restart would find both trusted and finish the replacement; nobody is worse off till then.
                 log.warning("that the old root is retired is not stored yet: %s", error.message)
-            self._trust = self._trust_bundle()
+            self._certificates.trust_anew()
             outcome = await self._push()
         return self._effect(started, outcome)
+
+    async def renew_lease(self, service: str, owner: str) -> tuple[bool, bool]:
+        """Go on holding the split of a service: is it still theirs, and if not, did the lease run out?"""
+        leases = self._expiry.leases
+        held = leases.renew(self._intent, service, owner)
+        return held, not held and leases.ran_out(service, owner)
 
     # -- inside -------------------------------------------------------------------------------------------
 
     def _take(self, intent: Intent, rendered: Mapping[str, xds.Snapshot]) -> None:
         """Make an intent the one in force; what it means for certificates shows in the next push."""
-        lifetime_s = self._lifetime_s
         self._intent, self._rendered = intent, rendered
-        self._intent_changed.set()
-        if self._lifetime_s != lifetime_s:
-            self._identities.clear()
-            self._server_certificate = self._issue_server_certificate()
+        self._expiry.look_again()
+        if self._certificates.set_lifetime(self._lifetime_s):
             self._lifetime_changed.set()
 
     @property
@@ -393,36 +368,14 @@ class ControlPlane:
     def _wanted(self, instance: Instance) -> xds.Snapshot:
         """What an instance's sidecar should have now: what was rendered, and its secrets."""
         rendered = self._rendered.get(instance.id, {})
-        _, identity = self._identity(instance)
-        parts = (rendered, self._trust, identity)
+        _, identity = self._certificates.of(instance, self._mesh)
+        trust = self._certificates.trust
+        parts = (rendered, trust, identity)
         composed = self._composed.get(instance.id)
         if composed is None or any(a is not b for a, b in zip(composed[0], parts, strict=True)):
-            composed = (parts, {**rendered, xds.SECRETS: (self._trust, identity)})
+            composed = (parts, {**rendered, xds.SECRETS: (trust, identity)})
             self._composed[instance.id] = composed
         return composed[1]
-
-    def _identity(self, instance: Instance) -> tuple[Certificate, xds.Bundle]:
-        found = self._identities.get(instance.id)
-        if found is None:
-            certificate = self._authority.issue(
-                spiffe_id(self._mesh.mesh, self._mesh.namespace, instance.service),
-                self._clock(),
-                self._lifetime_s,
-            )
-            secret = Secret(name="identity")
-            secret.tls_certificate.certificate_chain.inline_bytes = certificate.chain
-            secret.tls_certificate.private_key.inline_bytes = certificate.key
-            found = (certificate, xds.Bundle({"identity": xds.encode(xds.SECRETS, secret)}))
-            self._identities[instance.id] = found
-        return found
-
-    def _trust_bundle(self) -> xds.Bundle:
-        secret = Secret(name="trust")
-        secret.validation_context.trusted_ca.inline_bytes = self._authority.trust
-        return xds.Bundle({"trust": xds.encode(xds.SECRETS, secret)})
-
-    def _issue_server_certificate(self) -> Certificate:
-        return self._authority.issue_control_plane(self._clock(), self._lifetime_s)
 
     async def _push(self) -> Outcome:
         return await self._discovery.push(self._settings.ack_timeout_s)
@@ -465,97 +418,17 @@ class ControlPlane:
 
     # -- timers -------------------------------------------------------------------------------------------
 
-    async def _expire_faults(self) -> None:
-        """End faults when their time is over."""
-        while True:
-            self._intent_changed.clear()
-            ends = [fault.expires_at for fault in self._intent.faults if fault.expires_at is not None]
-            wait_s = max(0.0, min(ends) - self._clock()) if ends else None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._intent_changed.wait()
-                continue
-            over = [
-                f for f in self._intent.faults if f.expires_at is not None and f.expires_at <= self._clock()
-            ]
-            try:
-                effect = await self.change(lambda intent, _: expire_faults(intent, self._clock()))
-            except Failed as error:
-                log.error("faults that are over could not be cleared: %s", error)
-                await asyncio.sleep(1)
-                continue
-            for fault in over:
-                self._journal(
-                    {
-                        "event": "fault_expired",
-                        "fault": fault.id,
-                        "service": fault.service,
-                        "effective_ms": effect.effective_ms,
-                    }
-                )
-
-    async def renew_lease(self, service: str, owner: str) -> tuple[bool, bool]:
-        """Go on holding the split of a service: is it still theirs, and if not, did the lease run out?"""
-        held = self._leases.renew(self._intent, service, owner)
-        return held, not held and self._leases.ran_out(service, owner)
-
-    async def _expire_leases(self) -> None:
-        """Give traffic back that somebody was shifting of whom nothing is heard any more."""
-        while True:
-            over, wait_s = self._leases.over(self._intent)
-            if not over:
-                # Looked at twice a second while there is any; a change of the intent is seen so, too.
-                await asyncio.sleep(min(wait_s or 0.5, 0.5))
-                continue
-            before = self._intent
-            leases = {service: before.leases[service] for service in over}
-
-            def expire(intent: Intent, _: MeshState, leases: Mapping[str, SplitLease] = leases) -> Intent:
-                still = [name for name, lease in leases.items() if intent.leases.get(name) == lease]
-                for name in still:  # before anybody can see that it is not held any more
-                    self._leases.ended(name, leases[name].owner)
-                return expire_leases(intent, still, self._clock())
-
-            try:
-                effect = await self.change(expire)
-            except Failed as error:
-                log.error("a split that nobody holds any more could not be set back: %s", error)
-                await asyncio.sleep(1)
-                continue
-            for service, lease in leases.items():
-                self._journal(
-                    {
-                        "event": "canary",
-                        "by": "control-plane",
-                        "what": "interrupted",
-                        "service": service,
-                        "split": lease.fallback,
-                        "effective_ms": effect.effective_ms,
-                        "text": f"nothing is heard of {lease.by} any more; the split that it began is undone",
-                    }
-                )
-
     async def _renew_certificates(self) -> None:
         """Replace certificates when about two thirds of their lifetime are over."""
         while True:
             self._lifetime_changed.clear()
             with contextlib.suppress(TimeoutError):
                 # A shorter lifetime must not be found out about at the end of a pause that is longer.
-                async with asyncio.timeout(min(30.0, self._lifetime_s / 20)):
+                async with asyncio.timeout(min(30.0, self._certificates.lifetime_s / 20)):
                     await self._lifetime_changed.wait()
                 continue
-            now = self._clock()
-            if self._server_certificate.renew_at <= now:
-                self._server_certificate = self._issue_server_certificate()
-            due = [
-                instance
-                for instance, (certificate, _) in self._identities.items()
-                if certificate.renew_at <= now
-            ]
-            if due:
-                async with self._changing:
-                    for instance in due:
-                        self._identities.pop(instance, None)
+            async with self._changing:
+                if self._certificates.renew_due():
                     await self._push()
 
     async def _finish_root(self) -> None:

@@ -17,9 +17,10 @@ from meshdemo.apps.model import GATEWAY
 from meshdemo.control import aggregate, metrics
 from meshdemo.control import intent as intents
 from meshdemo.control.client import InstanceRow, StatusRow
+from meshdemo.control.intent import Change
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Fault, Intent, MeshState
-from meshdemo.control.plane import Change, ControlPlane
+from meshdemo.control.plane import ControlPlane
 from meshdemo.control.signals import Signal
 from meshdemo.control.tap import Tap
 from meshdemo.control.telemetry import Store
