@@ -29,11 +29,12 @@ from meshdemo.control.api.mesh import Control
 from meshdemo.control.intent import Change
 from meshdemo.control.journal import Journal
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
+from meshdemo.control.otlp import Export
 from meshdemo.control.plane import Sidecar
 from meshdemo.control.session import Sessions
 from meshdemo.control.signals import Cell, Histogram
 from meshdemo.control.tap import Tap
-from meshdemo.control.telemetry import Export, Store
+from meshdemo.control.telemetry import Store
 from meshdemo.resources import DEFAULT_POLICY
 
 TOKEN = "token-of-a-test"  # noqa: S105

@@ -16,8 +16,8 @@ from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import _Export
 from meshdemo.bench.stage import Stage, attempt, until
 from meshdemo.bench.stats import Request
+from meshdemo.control.otlp import decode
 from meshdemo.control.signals import Histogram
-from meshdemo.control.telemetry import decode
 from meshdemo.errors import Failed
 
 # -- simulated sidecars -----------------------------------------------------------------------------------

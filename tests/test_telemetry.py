@@ -14,8 +14,9 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 
 from meshdemo.control.identity import service_of
 from meshdemo.control.model import Instance
+from meshdemo.control.otlp import Export, Malformed, decode
 from meshdemo.control.signals import BOUNDS_MS, Cell, Histogram, Sample, bucket
-from meshdemo.control.telemetry import Export, Malformed, Store, decode
+from meshdemo.control.telemetry import Store
 
 A, B = "spiffe://m/ns/default/sa/service-a", "spiffe://m/ns/default/sa/service-b"
 

@@ -24,8 +24,9 @@ from envoy.service.accesslog.v3 import als_pb2
 from meshdemo.control.client import TAP_PER_S, TAP_STATUS
 from meshdemo.control.identity import service_of
 from meshdemo.control.model import HOME, Instance
+from meshdemo.control.otlp import BROKEN_OFF
 from meshdemo.control.signals import MIRRORED
-from meshdemo.control.telemetry import BROKEN_OFF, Authenticate
+from meshdemo.control.telemetry import Authenticate
 from meshdemo.errors import BadInput, Failed
 from meshdemo.names import parted, qualified
 
