@@ -13,10 +13,41 @@ MESH, SERVICE, VERSION = PREFIX + "mesh", PREFIX + "service", PREFIX + "version"
 COMPONENT = "app.kubernetes.io/component"
 REVISION = PREFIX + "revision"
 
-# What an injected pod speaks on its service's port: as its owner says, and as `inject` carries that over from
-# the workload to its pods.
+# What an injected pod speaks on its service's ports, and the ports whose traffic passes by its sidecar: as
+# its owner says, and as `inject` carries that over from the workload to its pods.
 PROTOCOL, TOLD_PROTOCOL = PREFIX + "protocol", PREFIX + "told-protocol"
 PROTOCOLS = ("http", "grpc", "tcp")
+SKIP_INBOUND, TOLD_SKIPPED = PREFIX + "skip-inbound-ports", PREFIX + "told-skipped-ports"
+SKIP_OUTBOUND = PREFIX + "skip-outbound-ports"
+
+
+def numbers(said: str) -> tuple[int, ...]:
+    """The ports of an annotation such as `9090, 9100`.
+
+    Raises:
+        ValueError: with the word that is no port.
+    """
+    found = []
+    for word in said.replace(",", " ").split():
+        if not (word.isascii() and word.isdigit() and 1 <= int(word) <= 65535):
+            raise ValueError(word)
+        found.append(int(word))
+    return tuple(found)
+
+
+def protocols(said: str) -> dict[int | None, str]:
+    """What an annotation such as `http, 9000=grpc` says: port of the pod -> protocol; None: the first port.
+
+    Raises:
+        ValueError: with the word that says no such thing.
+    """
+    found: dict[int | None, str] = {}
+    for word in said.replace(",", " ").split():
+        port, of_one, protocol = word.rpartition("=")
+        if protocol.lower() not in PROTOCOLS or (of_one and len(numbers(port)) != 1):
+            raise ValueError(word)
+        found[numbers(port)[0] if of_one else None] = protocol.lower()
+    return found
 
 
 def qualified(name: str, namespace: str, home: str) -> str:

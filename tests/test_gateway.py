@@ -12,15 +12,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from envoy.config.cluster.v3.cluster_pb2 import Cluster
+from envoy.config.route.v3.route_pb2 import RouteConfiguration
 from local_harness import Cli, kill, wait_for
-from xds_harness import free_port, pair
+from xds_harness import free_port, pair, resources
 
-from meshdemo.apps.model import App, Route
-from meshdemo.control import gateway
+from meshdemo.apps.model import App, Found, FurtherPort, Route
+from meshdemo.control import gateway, xds
 from meshdemo.control.intent import access, set_access
 from meshdemo.control.model import Entry, Instance, Intent, MeshState
+from meshdemo.control.render.edge import backends
 from meshdemo.control.render.renderer import Renderer
-from meshdemo.control.render.routes import declared_routes
 from meshdemo.errors import BadInput
 from meshdemo.runtime.local.ports import Port
 
@@ -40,8 +42,27 @@ APP = pair(cache={"port": 6379, "protocol": "tcp", "healthz": "/h", "metrics": N
 
 def table(*entries: Entry, app: App = APP) -> dict[str, gateway.GatewayHost]:
     mesh = MeshState(mesh="m", app=app, gateways=(EDGE,), entries=entries)
-    declared: dict[str, Sequence[Route]] = {n: declared_routes(s) for n, s in app.services.items()}
+    declared: dict[str, Sequence[Route]] = {name: port.routes for name, port in backends(app).items()}
     return {host.name: host for host in gateway.hosts(mesh, declared)}
+
+
+def test_a_further_port_is_led_to_by_its_own_clusters() -> None:
+    port = FurtherPort(called=81, port=8081, protocol="grpc")
+    found = APP.services["service-b"].model_copy(update={"found": Found(ports=(port,))})
+    app = APP.model_copy(update={"services": {**APP.services, "service-b": found}})
+    entries = (Entry(path="/x", backends={"service-b:8081": 3, "service-c": 1}),)
+    mesh = MeshState(mesh="m", app=app, gateways=(EDGE,), entries=entries)
+    assert gateway.leads_to(mesh) == {"service-b", "service-c"}
+    snapshot = Renderer().snapshots(mesh, Intent())["gateway"]
+    routes = resources(snapshot, xds.ROUTES, RouteConfiguration)["gateway"].virtual_hosts[0].routes
+    first = routes[0]
+    assert first.name == "port-81"
+    assert {one.name: one.weight.value for one in first.route.weighted_clusters.clusters} == {
+        "service-b/v1/8081": 750_000, "service-c/v1": 250_000,
+    }  # fmt: skip
+    assert {"service-b/v1", "service-b/v1/8081", "service-b/v2/8081"} <= set(
+        resources(snapshot, xds.CLUSTERS, Cluster)
+    )
 
 
 def rows(host: gateway.GatewayHost) -> list[tuple[str, str, str, str]]:

@@ -9,6 +9,7 @@ import pytest
 from kube_mock import FOREVER, ApiServer, Refusal
 from xds_harness import pair
 
+from meshdemo.apps.model import Found, FurtherPort
 from meshdemo.control import ingress
 from meshdemo.control.kubernetes.reflector import Reflector
 from meshdemo.control.model import Entry
@@ -139,6 +140,31 @@ def test_what_leads_nowhere_is_said_and_the_rest_goes_on(wrong: dict[str, Any], 
     found = read(one)
     assert [entry.backends for entry in found.entries] == [{"service-a": 1}, {}]
     assert reasons(found.ingresses) == [reason]
+
+
+def test_each_port_of_a_service_that_speaks_http_can_be_led_to() -> None:
+    ports = (
+        FurtherPort(called=81, port=8081, protocol="http"), FurtherPort(called=82, port=8082, protocol="tcp"),
+    )  # fmt: skip
+    found = APP.services["service-b"].model_copy(update={"found": Found(ports=ports)})
+    app = APP.model_copy(update={"services": {**APP.services, "service-b": found}})
+    several = service("service-b")
+    several["spec"]["ports"] += [{"name": "admin", "port": 81}, {"name": "db", "port": 82}, {"port": 83}]
+    backends = (
+        backend("service-b"), backend("service-b", name="admin"), backend("service-b", number=81),
+        backend("service-b", name="db"), backend("service-b", number=83),
+    )  # fmt: skip
+    one = ingress_of(*((f"/{n}", "Prefix", "service-b") for n in range(len(backends))))
+    for path, of in zip(one["spec"]["rules"][0]["http"]["paths"], backends, strict=True):
+        path["backend"] = of
+    read = ingress.translate([one], [], [several], app, "n", {"service-b": 5000})
+    assert [entry.backends for entry in read.entries] == [
+        {"service-b": 1}, {"service-b:8081": 1}, {"service-b:8081": 1}, {}, {},
+    ]  # fmt: skip
+    assert [problem.message for problem in read.ingresses[0].problems] == [
+        "service 'service-b' does not speak HTTP by its port 82",
+        "service 'service-b' is in the mesh by its ports 5000 (http), 81 (admin), 82 (db), not 83",
+    ]
 
 
 def test_tls_has_no_effect_and_a_strange_path_is_left_out() -> None:

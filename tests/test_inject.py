@@ -602,6 +602,9 @@ def test_ports_to_skip_come_from_annotations() -> None:
     ]
     assert "--dport 9090 -j RETURN" in rules
     assert "--dport 9100 -j RETURN" in rules
+    # The control plane must know, too: callers' sidecars send nothing there that this one should decrypt.
+    injected = yaml.safe_load(meshdemo("inject", "-", stdin=text).stdout)
+    assert injected["metadata"]["annotations"]["meshdemo.dev/told-skipped-ports"] == "9090,9100"
     wrong = meshdemo("inject", "-", stdin=text.replace("9100", "http"))
     assert wrong.returncode == 2
     assert b"'http' is no port" in wrong.stderr
@@ -619,6 +622,9 @@ def test_the_protocol_is_carried_to_the_pods() -> None:
     wrong = meshdemo("inject", "-", stdin=text.replace("GRPC", "smtp"))
     assert wrong.returncode == 2
     assert b"'smtp' is no protocol" in wrong.stderr
+    by_port = meshdemo("inject", "-", stdin=text.replace("GRPC", '"http, 9000=TCP"')).stdout
+    told = yaml.safe_load(by_port)["spec"]["template"]["metadata"]["annotations"]
+    assert told["meshdemo.dev/told-protocol"] == "http,9000=tcp"
 
 
 def test_a_mesh_that_is_not_known_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

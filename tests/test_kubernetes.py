@@ -17,10 +17,13 @@ from typing import Any
 
 import kmock
 import pytest
+from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from kube_mock import FOREVER, ApiServer, Refusal, Stored
+from xds_harness import resources
 
 from meshdemo.apps import loader
 from meshdemo.apps.model import Found
+from meshdemo.control import xds
 from meshdemo.control.discovered import declared
 from meshdemo.control.identity import service_of, spiffe_id
 from meshdemo.control.intent import Overtaken, eject, set_access
@@ -530,12 +533,13 @@ def test_names_that_are_taken_or_none_are_no_callers() -> None:
         ({}, {}, {"readinessProbe": {"httpGet": {"port": 8080}}}, "http"),
         ({}, {}, {"livenessProbe": {"httpGet": {"port": "w"}}, "ports": [{"name": "w", "containerPort": 8080}]}, "http"),
         ({}, {}, {"readinessProbe": {"httpGet": {"port": 9090}}}, "any"),
-        ({}, {}, {"readinessProbe": {"httpGet": {"port": 8080, "scheme": "HTTPS"}}}, "any"),
         ({}, {}, {"readinessProbe": {"tcpSocket": {"port": 8080}}}, "any"),
         ({}, {}, {"readinessProbe": {"grpc": {"port": 8080}}}, "grpc"),
         ({}, {"port": 3306}, {}, "tcp"),
         ({"meshdemo.dev/protocol": "grpc"}, {"name": "http"}, {}, "grpc"),
         ({"meshdemo.dev/told-protocol": "tcp"}, {"name": "http"}, {}, "tcp"),
+        ({"meshdemo.dev/protocol": "9000=tcp, 8080=grpc, http"}, {"name": "tcp"}, {}, "grpc"),
+        ({"meshdemo.dev/protocol": "nonsense"}, {"name": "http"}, {}, "http"),
     ],
 )  # fmt: skip
 def test_how_a_protocol_is_told(
@@ -582,11 +586,95 @@ def test_all_ways_to_the_same_port_are_the_same_service() -> None:
     found = mesh_state("m", "n", PAIR, [injected("web-1", "web")], slices, [web, more])
     assert set(found.app.services) - set(PAIR.services) == {"web"}
     assert found.places("web") == [
-        ("web", "10.96.1.1", 80),
-        ("web@10.96.1.1:81", "10.96.1.1", 81), ("web@10.96.1.2:8000", "10.96.1.2", 8000),
+        ("web", "10.96.1.1", 80, 8080),
+        ("web@10.96.1.1:81", "10.96.1.1", 81, 8080), ("web@10.96.1.2:8000", "10.96.1.2", 8000, 8080),
     ]  # fmt: skip
     outbound = Renderer().snapshots(found, Intent())["web-1"]
     assert outbound
+
+
+def several(name: str, address: str, **ports: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A Service of the pods labelled like it with these ports, each 10000 higher in the pods, and its
+    EndpointSlice of the pod `x-1`."""
+    service, (first, *_) = k8s_service(name, address, 1, selector={SERVICE: "x"}), ports.values()
+    service["spec"]["ports"] = [{"name": port, "port": number} for port, number in ports.items()]
+    found = slice_of(name, first + 10000, "x-1")
+    found["ports"] = [{"name": port, "port": number + 10000} for port, number in ports.items()]
+    return service, found
+
+
+def test_every_port_of_a_service_is_in_the_mesh() -> None:
+    """Under its one name, each by its own protocol, also where another Service leads to it."""
+    pod = injected("x-1", "x", readinessProbe={"httpGet": {"path": "/r", "port": 19001}})
+    pod["metadata"]["annotations"] = {
+        "prometheus.io/scrape": "true", "prometheus.io/port": "19002", "prometheus.io/path": "/stats",
+        "meshdemo.dev/told-protocol": "grpc,19002=http",
+    }  # fmt: skip
+    (x, its), (admin, of_admin) = (
+        several("x", "10.96.1.1", http=80, grpc=9000, web=9001, odd=9002, dns=53),
+        several("x-admin", "10.96.1.2", metrics=9003, again=9000),
+    )
+    x["spec"]["ports"].insert(0, {"name": "udp", "port": 53, "protocol": "UDP"})
+    x["spec"]["ports"][-1]["protocol"] = its["ports"][-1]["protocol"] = "SCTP"
+    found = mesh_state("m", "n", PAIR, [pod], [its, of_admin], [x, admin])
+    service = found.app.services["x"]
+    assert set(found.app.services) - set(PAIR.services) == {"x"}
+    assert (service.port, service.spoken, service.open_paths) == (10080, "grpc", {})
+    assert [(one.called, one.port, one.spoken, list(one.open_paths)) for one in service.further] == [
+        (9000, 19000, "grpc", []), (9001, 19001, "http", ["/r"]), (9002, 19002, "http", ["/stats"]),
+        (9003, 19003, "any", ["/metrics"]),
+    ]  # fmt: skip
+    assert service.found is not None
+    assert service.found.aside == ()
+    assert [(address, port, target) for _, address, port, target in found.places("x")] == [
+        ("10.96.1.1", 80, 10080), ("10.96.1.1", 9000, 19000), ("10.96.1.1", 9001, 19001),
+        ("10.96.1.1", 9002, 19002), ("10.96.1.2", 9003, 19003), ("10.96.1.2", 9000, 19000),
+    ]  # fmt: skip
+    (instance,) = found.instances
+    assert instance.further == (19000, 19001, 19002, 19003)
+    assert not service.without_requests
+
+
+def test_callers_know_of_the_instances_that_have_a_port() -> None:
+    """While a rollout adds one, not all do."""
+    old, new = injected("x-0", "x", version="v1"), injected("x-1", "x", version="v1")
+    x, its = several("x", "10.96.1.1", http=80, grpc=9000)
+    before = {**its, "ports": its["ports"][:1], "endpoints": slice_of("x", 1, "x-0")["endpoints"]}
+    for pod, address in ((old, "10.0.0.1"), (new, "10.0.0.2")):
+        pod["status"]["podIP"] = address
+    found = mesh_state("m", "n", PAIR, [old, new], [before, its], [x])
+    snapshot = Renderer().snapshots(found, Intent())["x-0"]
+    endpoints = {
+        name: [one.endpoint.address.socket_address for one in message.endpoints[0].lb_endpoints]
+        for name, message in resources(snapshot, xds.ENDPOINTS, ClusterLoadAssignment).items()
+    }
+    assert {(one.address, one.port_value) for one in endpoints["x/v1"]} == {
+        ("10.0.0.1", 10080), ("10.0.0.2", 10080),
+    }  # fmt: skip
+    assert [(one.address, one.port_value) for one in endpoints["x/v1/19000"]] == [("10.0.0.2", 19000)]
+    assert [one.port_value for one in endpoints["app:19000"]] == [19000]
+
+
+def test_ports_that_stay_past_the_mesh() -> None:
+    """What their owner had skipped, what the kubelet asks by TLS, and where members of a StatefulSet meet."""
+    pod = injected("x-1", "x", livenessProbe={"httpGet": {"path": "/", "port": 19001, "scheme": "HTTPS"}})
+    pod["metadata"]["annotations"] = {"meshdemo.dev/told-skipped-ports": "10080"}
+    x, its = several("x", "10.96.1.1", skipped=80, https=9001, http=9002, peers=9003)
+    members, of_members = several("x-members", "None", http=9002, peers=9003)
+    found = mesh_state("m", "n", PAIR, [pod], [its, of_members], [x, members])
+    service = found.app.services["x"]
+    assert (service.port, service.further) == (19002, ())
+    assert service.found == Found(aside=(10080, 19001, 19003))
+    assert found.places("x") == [("x", "10.96.1.1", 9002, 19002)]
+    # Without any that is left, it has its name nevertheless, and nobody is led there by the mesh.
+    pod["metadata"]["annotations"]["meshdemo.dev/skip-inbound-ports"] = "10080 19002"
+    found = mesh_state("m", "n", PAIR, [pod], [its], [x])
+    assert found.places("x") == [("x", "10.96.1.1", 9003, 19003)]
+    pod["metadata"]["annotations"]["meshdemo.dev/skip-inbound-ports"] = "10080 19002 19003"
+    found = mesh_state("m", "n", PAIR, [pod], [its], [x])
+    assert [one.service for one in found.instances] == ["x"]
+    assert found.places("x") == []
+    assert Renderer().snapshots(found, Intent())["x-1"]
 
 
 def test_a_headless_service_is_reached_as_before() -> None:

@@ -11,8 +11,8 @@ import yaml
 from envoy.config.cluster.v3.cluster_pb2 import Cluster
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 from google.protobuf import json_format
+from xds_harness import resources
 
 from meshdemo.apps import loader
 from meshdemo.apps.model import App
@@ -44,18 +44,6 @@ def mesh(app: App) -> MeshState:
     ]  # fmt: skip
     addresses = {name: f"10.96.0.{index + 1}" for index, name in enumerate(app.services)}
     return MeshState(mesh="m", namespace="m", app=app, instances=tuple(instances), addresses=addresses)
-
-
-def resources(snapshot: xds.Snapshot, type_url: str, kind: type) -> dict:
-    response = DiscoveryResponse.FromString(
-        b"".join(bundle.part(bundle.names) for bundle in snapshot[type_url])
-    )
-    found = []
-    for packed in response.resources:
-        message = kind()
-        packed.Unpack(message)
-        found.append(message)
-    return {message.name: message for message in found}
 
 
 @pytest.mark.parametrize(

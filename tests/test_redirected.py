@@ -1,7 +1,8 @@
 """Pods whose traffic is redirected, for real: network namespaces, the rules of the init container, two Envoys.
 
 What stands for a cluster are two namespaces with a link between them; what stands for the injected app says
-nothing of its port, and speaks HTTP, gRPC and a protocol whose server speaks first on it.
+nothing of its first port, and speaks HTTP, gRPC and a protocol whose server speaks first on it. It has others:
+of gRPC, of metrics, of that protocol, and one that is not in the mesh.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ import pytest
 from xds_harness import Member, Mesh, mesh_of, until
 
 from meshdemo import names
-from meshdemo.apps.model import App, Found, Service, Workload
+from meshdemo.apps.model import App, Found, FurtherPort, Service, Workload
 from meshdemo.control import telemetry
 from meshdemo.control.bootstrap import Placement, bootstrap_files, envoy_arguments, find_envoy
+from meshdemo.control.intent import set_access
 from meshdemo.control.model import Instance, MeshState
 from meshdemo.runtime.kubernetes.pieces import redirect_rules
 
 T = TypeVar("T")
 ADDRESS, PORT, APP_PORT, ASIDE = "198.19.0.1", 80, 8080, 9090
+# What callers call the others by, and what they are in the pod.
+METHODS, METRICS, MAIL = (9000, 19000), (9100, 19100), (25, 2525)
 GREETING = b"220 I speak first\r\n"
 _CLONE_NEWNET = 0x40000000
 
@@ -82,14 +86,16 @@ class Pod:
 @contextlib.contextmanager
 def two_pods() -> Iterator[tuple[Pod, Pod]]:
     tag = f"{os.getpid() % 0xFFFF:x}"
-    pods = [Pod(f"mx{tag}-{n}", f"198.18.0.{n}", f"198.18.{n}.1") for n in (1, 2)]
+    # Of a network of its own on this machine: another run may be at it, too.
+    net = 2 * (os.getpid() % 120)
+    pods = [Pod(f"mx{tag}-{n}", f"198.18.0.{n}", f"198.18.{net + n}.1") for n in (1, 2)]
     try:
         for n, pod in enumerate(pods, 1):
             run("ip", "netns", "add", pod.name)
             run("ip", "link", "add", f"mx{tag}o{n}", "type", "veth", "peer", "name", "out", "netns", pod.name)
             run("ip", "address", "add", f"{pod.outside}/30", "dev", f"mx{tag}o{n}")
             run("ip", "link", "set", f"mx{tag}o{n}", "up")
-            run("ip", "-n", pod.name, "address", "add", f"198.18.{n}.2/30", "dev", "out")
+            run("ip", "-n", pod.name, "address", "add", f"198.18.{net + n}.2/30", "dev", "out")
         one, two = (pod.name for pod in pods)
         run("ip", "-n", one, "link", "add", "eth", "type", "veth", "peer", "name", "eth", "netns", two)
         for pod in pods:
@@ -102,9 +108,11 @@ def two_pods() -> Iterator[tuple[Pod, Pod]]:
             run("ip", "netns", "exec", pod.name, "iptables-restore", "--noflush", stdin=rules)
         yield pods[0], pods[1]
     finally:
-        for pod in pods:
-            with contextlib.suppress(AssertionError):
-                run("ip", "netns", "delete", pod.name)
+        for n, pod in enumerate(pods, 1):
+            # A socket that is open yet keeps a namespace alive, and with it the link.
+            for words in (("link", "delete", f"mx{tag}o{n}"), ("netns", "delete", pod.name)):
+                with contextlib.suppress(AssertionError):
+                    run("ip", *words)
 
 
 class Anything:
@@ -117,12 +125,18 @@ class Anything:
         self._grpc.start()
         self._listening = pod.listen("127.0.0.1", APP_PORT)
         self._aside = pod.listen("127.0.0.1", ASIDE)
-        for listening, serve in ((self._listening, self._serve), (self._aside, self._greet)):
+        self._others = [pod.listen("127.0.0.1", port) for _, port in (METHODS, METRICS, MAIL)]
+        for listening, serve in (
+            (self._listening, self._serve),
+            (self._aside, self._greet),
+            *((other, self._serve) for other in self._others),
+        ):
             threading.Thread(target=self._accept, args=(listening, serve), daemon=True).start()
 
     def close(self) -> None:
         self._listening.close()
-        self._aside.close()
+        for other in (self._aside, *self._others):
+            other.close()
         self._grpc.stop(None)
 
     @staticmethod
@@ -210,7 +224,10 @@ class Redirected(Mesh):
 
     def mesh_state(self) -> MeshState:
         state = super().mesh_state()
-        here = {"addresses": {"web.shop": ADDRESS}, "ports": {"web.shop": PORT}, "namespace": "m"}
+        here = {
+            "addresses": {"web.shop": ADDRESS}, "ports": {"web.shop": PORT}, "namespace": "m",
+            "also": [("web.shop", ADDRESS, *ports) for ports in (METHODS, METRICS, MAIL)],
+        }  # fmt: skip
         return state.model_copy(update=here)
 
     def start_sidecar(self, member: Member) -> None:
@@ -239,7 +256,12 @@ def mesh() -> Iterator[tuple[Redirected, telemetry.Store]]:
     def service(**fields: Any) -> Service:
         return Service(metrics=None, versions={"v1": Workload(image="injected")}, **fields)
 
-    web = service(port=APP_PORT, found=Found(detect=True, aside=(ASIDE,)))
+    others = (
+        FurtherPort(called=METHODS[0], port=METHODS[1], protocol="grpc", grpc_probe=True),
+        FurtherPort(called=METRICS[0], port=METRICS[1], open_paths={"/metrics": ["GET"]}),
+        FurtherPort(called=MAIL[0], port=MAIL[1], protocol="tcp"),
+    )
+    web = service(port=APP_PORT, found=Found(detect=True, ports=others, aside=(ASIDE,)))
     caller = service(port=1, calls=[], found=Found())
     app = App.model_validate({"name": "shop", "front": "x", "services": {"x": service(port=1)}})
     app = app.model_copy(
@@ -262,7 +284,10 @@ def mesh() -> Iterator[tuple[Redirected, telemetry.Store]]:
         found.extra = (telemetry.handler(store, authenticate, lambda _: None, home="m"),)
         found.host = "0.0.0.0"  # noqa: S104 - the pods come by links of their own
         found.join(pods[0], "caller-1.shop", "account-default.shop", 1)
-        found.join(pods[1], "web-1.shop", "web.shop", APP_PORT)
+        its = found.join(pods[1], "web-1.shop", "web.shop", APP_PORT)
+        its.instance = its.instance.model_copy(
+            update={"further": tuple(port for _, port in (METHODS, METRICS, MAIL))}
+        )
         served = Anything(pods[1])
         try:
             found.start()
@@ -337,3 +362,81 @@ def test_other_ports_are_reached_as_before_and_the_mesh_s_own_only_by_the_mesh(
     with caller.connect(called.address, names.READY_PORT) as ready:
         ready.sendall(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n")
         assert ready.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def by_route(store: telemetry.Store, instance: str) -> Counter[str]:
+    """Requests that a sidecar reported of one direction or the other, by route."""
+    found: Counter[str] = Counter()
+    for sample in store.window(600):
+        for cell in sample.cells:
+            if sample.instance == instance and cell.requests:
+                found[cell.route] += cell.requests
+    return found
+
+
+def get(caller: Pod, port: int, path: str, address: str = ADDRESS) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(address, port)
+    connection.sock = caller.connect(address, port)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+def test_every_port_of_a_service_is_in_the_mesh(mesh: tuple[Redirected, telemetry.Store]) -> None:
+    found, store = mesh
+    caller, called = found.pods
+    before, tcp = by_route(store, "web-1.shop"), counted(store)
+    python = ["ip", "netns", "exec", caller.name, sys.executable, "-c", CALL, f"{ADDRESS}:{METHODS[0]}"]
+    assert run(*python, "/shop.Shop/Echo").strip() == "hello"
+    assert run(*python, "/shop.Shop/Fail").strip() == "INTERNAL"
+    assert get(caller, METRICS[0], "/anything") == (200, b"ok")
+    with caller.connect(ADDRESS, MAIL[0]) as mail:
+        assert mail.recv(100) == GREETING
+        mail.sendall(b"HELO")
+        assert mail.recv(100) == b"HELO"
+
+    # All under the service's name, by both ends; which port it was is told as a route.
+    def all_there() -> bool:
+        now = by_route(store, "web-1.shop") - before
+        there = now == {"port-9000": 2, "port-9100": 1}
+        theirs = by_route(store, "caller-1.shop")
+        seen = counted(store)
+        who = "connections account-default.shop"
+        return (
+            there
+            and theirs["port-9000"] == 2
+            and theirs["port-9100"] == 1
+            and seen[who] == tcp[who] + 1
+            and seen["received"] == tcp["received"] + 4
+        )
+
+    until(all_there, "the counts")
+    failures = "failures web.shop"
+    until(lambda: counted(store, "caller-1.shop")[failures] >= 1, "the method that failed, at its caller")
+
+    # Who has no certificate hears what is asked so by Prometheus, and nothing else.
+    assert get(caller, METRICS[1], "/metrics", called.address) == (200, b"ok")
+    assert get(caller, METRICS[1], "/anything", called.address)[0] == 403
+    with caller.connect(called.address, MAIL[1]) as refused, contextlib.suppress(ConnectionResetError):
+        refused.sendall(b"HELO")
+        assert refused.recv(100) == b""
+    python[-1] = f"{called.address}:{METHODS[1]}"
+    assert run(*python, "/shop.Shop/Echo").strip() == "PERMISSION_DENIED"
+    assert run(*python, "/grpc.health.v1.Health/Check").strip() == "hello"
+
+
+def test_who_may_not_call_a_service_may_not_by_any_of_its_ports(
+    mesh: tuple[Redirected, telemetry.Store],
+) -> None:
+    found, _ = mesh
+    caller = found.pods[0]
+    pair = ("account-default.shop", "web.shop")
+    found.change(lambda intent, mesh: set_access(intent, mesh, *pair, allowed=False))
+    try:
+        assert get(caller, METRICS[0], "/anything")[0] == 403
+        with caller.connect(ADDRESS, MAIL[0]) as refused, contextlib.suppress(ConnectionResetError):
+            assert refused.recv(100) == b""
+    finally:
+        found.change(lambda intent, mesh: set_access(intent, mesh, *pair, allowed=True))
+    assert get(caller, METRICS[0], "/anything")[0] == 200

@@ -221,11 +221,14 @@ def test_a_request_meets_exactly_the_faults_that_are_for_it(
     routes: list[Route], faults: list[Fault], path: str, method: str, caller: str
 ) -> None:
     service = Service.model_validate({"port": 1, "versions": {"v1": {"command": ["x"]}}, "routes": routes})
-    entry = taken(inbound_routes(service, faults, lambda name: name), path, method, caller)
+    entry = taken(inbound_routes(declared_routes(service), faults, lambda name: name), path, method, caller)
     meant = [f for f in faults if path.startswith(f.route or "/") and f.caller in (None, caller)]
     assert [(1.0, entry.fault)] == combine(meant)
     # And faults do not change what the route is called.
-    assert entry.name == taken(inbound_routes(service, [], lambda name: name), path, method, caller).name
+    assert (
+        entry.name
+        == taken(inbound_routes(declared_routes(service), [], lambda name: name), path, method, caller).name
+    )
 
 
 def test_declared_routes_go_from_the_narrow_to_the_wide() -> None:

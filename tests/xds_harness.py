@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 
 from meshdemo.apps.model import App
+from meshdemo.control import xds
 from meshdemo.control.bootstrap import Placement, bootstrap_files, envoy_arguments, find_envoy, is_ready
 from meshdemo.control.model import Instance, MeshState
 from meshdemo.control.plane import SERVER_OPTIONS, ControlPlane, Settings
@@ -71,6 +73,19 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def resources(snapshot: xds.Snapshot, type_url: str, kind: type) -> dict[str, Any]:
+    """The resources of a type in a snapshot, by name."""
+    response = DiscoveryResponse.FromString(
+        b"".join(bundle.part(bundle.names) for bundle in snapshot[type_url])
+    )
+    found = []
+    for packed in response.resources:
+        message = kind()
+        packed.Unpack(message)
+        found.append(message)
+    return {getattr(one, "name", "") or one.cluster_name: one for one in found}
 
 
 def until(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE_S) -> T:

@@ -16,6 +16,8 @@ PATH_PATTERN = r"^/"
 # RFC 1123 label: service names become DNS names and parts of SPIFFE paths.
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Protocol = Literal["http", "grpc", "tcp"]
+Spoken = Literal["http", "grpc", "tcp", "any"]
+"""What a port speaks; `any` where that is found out by looking at each connection."""
 
 OTHER = "other"
 """The name of the route that takes what no declared route takes."""
@@ -89,6 +91,22 @@ class Workload(_Strict):
         return self
 
 
+class FurtherPort(_Strict):
+    """A port of a service's instances that is in the mesh besides its first one, under the same name."""
+
+    port: int = Field(ge=1, le=65535)
+    called: int = Field(ge=1, le=65535, description="what callers call it by")
+    protocol: Protocol = "http"
+    detect: bool = Field(default=False, description="as `Found.detect`")
+    grpc_probe: bool = Field(default=False, description="as `Found.grpc_probe`")
+    open_paths: dict[str, list[Literal["GET"]]] = Field(default_factory=dict)
+
+    @property
+    def spoken(self) -> Spoken:
+        """What it speaks."""
+        return "any" if self.detect else self.protocol
+
+
 class Found(_Strict):
     """What the cluster shows of a service that no app file declares."""
 
@@ -98,6 +116,7 @@ class Found(_Strict):
         "(or gRPC) if it is that, else as bytes",
     )
     grpc_probe: bool = Field(default=False, description="the kubelet asks by gRPC's health protocol")
+    ports: tuple[FurtherPort, ...] = Field(default=(), description="besides the first")
     aside: tuple[int, ...] = Field(default=(), description="its pods' other ports, which are not in the mesh")
 
 
@@ -124,9 +143,19 @@ class Service(_Strict):
     found: Found | None = Field(default=None, description="of a service that is not declared")
 
     @property
-    def spoken(self) -> Literal["http", "grpc", "tcp", "any"]:
-        """What its port speaks; `any` where that is found out by looking at each connection."""
+    def spoken(self) -> Spoken:
+        """What its port, the first where there are more, speaks."""
         return "any" if self.found is not None and self.found.detect else self.protocol
+
+    @property
+    def further(self) -> tuple[FurtherPort, ...]:
+        """Its other ports."""
+        return self.found.ports if self.found is not None else ()
+
+    @property
+    def without_requests(self) -> bool:
+        """Whether all its ports carry bytes, and none requests."""
+        return {self.protocol, *(one.protocol for one in self.further)} == {"tcp"}
 
 
 class App(_Strict):

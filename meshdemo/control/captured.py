@@ -9,6 +9,7 @@ themselves are those of the ordinary listeners. Pure: messages in, messages out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from envoy.config.listener.v3.listener_components_pb2 import FilterChain
 from envoy.config.listener.v3.listener_pb2 import Listener
@@ -25,35 +26,40 @@ from meshdemo.names import PROXY_PORT
 _KNOWN = (_original_dst, _tls_inspector, _http_inspector, _direct_response)
 
 
-def inbound(
-    frame: Listener,
-    *,
-    mutual_tls: Listener,
-    other: Listener | None,
-    plain: Listener | None,
-    port: int,
-    aside: Mapping[int, Listener],
-) -> Listener:
-    """All that comes into a pod whose app serves `port`.
+@dataclass(frozen=True, slots=True)
+class Door:
+    """How a port of a pod is called.
+
+    mutual_tls: what the mesh sends; if there is an `other`, that which says by ALPN that it is HTTP.
+    plain: the open paths in plain text.
+    """
+
+    mutual_tls: Listener
+    other: Listener | None
+    plain: Listener | None
+
+
+def inbound(frame: Listener, *, doors: Mapping[int, Door], aside: Mapping[int, Listener]) -> Listener:
+    """All that comes into a pod.
 
     Args:
-        mutual_tls: what the mesh sends; if there is an `other`, that which says by ALPN that it is HTTP.
-        plain: the open paths in plain text.
-        aside: ports that are not in the mesh, and what carries their bytes.
+        doors: the ports that are in the mesh.
+        aside: ports that are not, and what carries their bytes.
     """
     listener = _copy(frame)
-    for source, transport, kind in (
-        (mutual_tls, "tls", "http" if other is not None else ""),
-        (other, "tls", ""),
-        (plain, "raw_buffer", ""),
-    ):
-        if source is not None:
-            chain = _add(listener, source)
-            chain.name = f"{port}/{transport}/{kind}".rstrip("/")
-            chain.filter_chain_match.destination_port.value = port
-            chain.filter_chain_match.transport_protocol = transport
-            if kind:
-                chain.filter_chain_match.application_protocols.extend(("h2", "http/1.1"))
+    for port, door in doors.items():
+        for source, transport, kind in (
+            (door.mutual_tls, "tls", "http" if door.other is not None else ""),
+            (door.other, "tls", ""),
+            (door.plain, "raw_buffer", ""),
+        ):
+            if source is not None:
+                chain = _add(listener, source)
+                chain.name = f"{port}/{transport}/{kind}".rstrip("/")
+                chain.filter_chain_match.destination_port.value = port
+                chain.filter_chain_match.transport_protocol = transport
+                if kind:
+                    chain.filter_chain_match.application_protocols.extend(("h2", "http/1.1"))
     for number, source in aside.items():
         chain = _add(listener, source)
         chain.name = f"{number}/aside"

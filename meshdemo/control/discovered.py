@@ -11,24 +11,40 @@ it (whoever may write Services has vouched for it), never like a label of ours. 
 is in the mesh as a caller, under the name of its service account, which is what its token proves: all such
 pods of one account are one caller.
 
-The protocol is what the pods' annotation says, else the port's `appProtocol`, else the first word of its
+The protocol of a port is what the pods' annotation says, else its `appProtocol`, else the first word of its
 name, else HTTP or gRPC if the kubelet probes it so, else what is usual on that port. Where nothing says it,
 each connection is looked at, for which a protocol whose server speaks first has to wait: the last resort.
 
-Of a Service the first port is in the mesh. The pods' other ports are reached as they were before; so are
-those of a headless Service, whose callers speak to single pods, which the mesh does not tell apart.
+Every TCP port of a Service is in the mesh, all of them as that one service. Others that lead to its pods as
+well add their ports to it. What stays as it was before:
+- ports that no Service leads to, and those that the pods' owner had skipped;
+- those of a headless Service, whose callers speak to single pods, which the mesh does not tell apart: the
+  members of a StatefulSet find each other so, and not all of them have a sidecar while it is rolled out. (The
+  first port of a Service with an address is in the mesh nevertheless.)
+- ports that the kubelet probes by TLS: it has no certificate of the mesh.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from meshdemo.apps.model import GATEWAY, App, Found, Protocol, Service, Workload
+from meshdemo.apps.model import GATEWAY, App, Found, FurtherPort, Protocol, Service, Workload
 from meshdemo.kube import Manifest
-from meshdemo.names import PROTOCOL, PROTOCOLS, SERVICE, TOLD_PROTOCOL, VERSION, qualified
+from meshdemo.names import (
+    PROTOCOL,
+    SERVICE,
+    SKIP_INBOUND,
+    TOLD_PROTOCOL,
+    TOLD_SKIPPED,
+    VERSION,
+    numbers,
+    protocols,
+    qualified,
+)
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _NOBODYS_PORT = 1  # of a pod that nobody calls
@@ -52,9 +68,9 @@ class Discovered:
     app: App
     service_of: Mapping[str, str] = field(default_factory=dict)  # instance -> service
     ports: Mapping[str, int] = field(default_factory=dict)  # service -> the port that callers use
-    also: tuple[
-        tuple[str, str, int], ...
-    ] = ()  # service, and an address and port of another Service of its pods
+    # Other ways than that: service, address, port, and the port of its pods.
+    also: tuple[tuple[str, str, int, int], ...] = ()
+    further: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # instance -> further ports it has
 
 
 def namespace_of(manifest: Manifest, home: str) -> str:
@@ -137,7 +153,32 @@ def discover(
         {pod: name for place in places.values() for pod, name in place.service_of.items()},
         {name: port for place in places.values() for name, port in place.ports.items()},
         tuple(one for place in places.values() for one in place.also),
+        {pod: ports for place in places.values() for pod, ports in place.further.items()},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A port of a Service, and where it leads."""
+
+    said: Mapping[str, Any]  # as the Service has it
+    called: int
+    target: int
+    pods: frozenset[str]
+
+
+@dataclass(slots=True)
+class _Owner:
+    """A Service whose name pods of the mesh have. `past`: those of their ports that are not in the mesh."""
+
+    members: list[str]
+    first: _Way | None
+    further: dict[int, _Way]
+    past: frozenset[int]
+
+    def has(self, target: int) -> bool:
+        """Is a port of the pods in the mesh?"""
+        return target in self.further or (self.first is not None and self.first.target == target)
 
 
 class _Place:
@@ -151,33 +192,34 @@ class _Place:
         self.found: dict[str, Service] = {}
         self.service_of: dict[str, str] = {}
         self.ports: dict[str, int] = {}
-        self.also: list[tuple[str, str, int]] = []
+        self.also: list[tuple[str, str, int, int]] = []
+        self.further: dict[str, tuple[int, ...]] = {}
 
     def discover(self, taken: set[str]) -> None:
         """Find the services. `taken`: names within this namespace that are the mesh's own."""
         service_of: dict[str, str] = {}  # both names within the namespace
         waiting: set[str] = set()
-        besides = {port for other in self.services for port in _targets(other, self.slices)}
+        owners: dict[str, _Owner] = {}
+        ways = {str(one["metadata"]["name"]): _ways(one, self.slices) for one in self.services}
         for one in sorted(self.services, key=lambda one: str(one["metadata"]["name"])):
             name = str(one["metadata"]["name"])
-            wanted = (one["spec"].get("ports") or [None])[0]
-            if name in taken or not _NAME.fullmatch(name) or wanted is None or not _address(one):
+            if name in taken or not _NAME.fullmatch(name) or not _address(one) or not _tcp(one):
                 continue
-            members, target = _behind(name, wanted, self.slices)
+            members = _members(name, self.slices)
             selected = {pod for pod, manifest in self.pods.items() if _selects(one, manifest)}
             # Those get their name in a moment, and no other before.
             waiting |= selected - set(members)
             members = [pod for pod in members if pod in selected and pod not in service_of]
-            if not members or target is None:
+            if not members or not ways[name]:
                 continue
             service_of.update(dict.fromkeys(members, name))
-            behind = [self.pods[pod] for pod in members]
-            protocol = _protocol(wanted, target, behind)
-            found = _service(target, protocol or "http", behind, detect=protocol is None, besides=besides)
-            self._add(name, found, wanted["port"])
-        self._look_for_other_ways(service_of)
+            owners[name] = self._owner(members, ways[name], ways)
+        self._look_for_other_ways(service_of, owners, ways)
+        besides = {way.target for found in ways.values() for way in found}
+        for name, owner in owners.items():
+            self._add(name, owner, besides)
         taken = taken | {str(one["metadata"]["name"]) for one in self.services}
-        callers: dict[str, list[Manifest]] = {}
+        callers: dict[str, list[str]] = {}
         for pod_name, pod in self.pods.items():
             if pod_name in service_of or pod_name in waiting:
                 continue
@@ -186,27 +228,59 @@ class _Place:
             # made into one, it could be another account's.
             if name not in taken and _NAME.fullmatch(name):
                 service_of[pod_name] = name
-                callers.setdefault(name, []).append(pod)
-        for name, of in callers.items():
-            self._add(name, _service(_NOBODYS_PORT, "http", of, besides=besides), None)
+                callers.setdefault(name, []).append(pod_name)
+        for name, members in callers.items():
+            self._add(name, _Owner(members, None, {}, frozenset()), besides)
         self.service_of = {self._called(pod): self._called(name) for pod, name in service_of.items()}
 
-    def _look_for_other_ways(self, service_of: Mapping[str, str]) -> None:
-        """Find other Services, and other ports of one, that lead to the same port of the same pods."""
+    def _owner(self, members: list[str], its: Sequence[_Way], ways: Mapping[str, Sequence[_Way]]) -> _Owner:
+        behind = [self.pods[pod] for pod in members]
+        one_by_one = {
+            way.target
+            for one in self.services
+            if _headless(one) and any(_selects(one, pod) for pod in behind)
+            for way in ways[str(one["metadata"]["name"])]
+            if not way.pods.isdisjoint(members)
+        }
+        past = _skipped(behind) | {probe.port for probe in _probes(behind) if probe.tls}
+        in_mesh = [way for way in its if way.target not in past and not way.pods.isdisjoint(members)]
+        first = next(iter(in_mesh), None)
+        owner = _Owner(members, first, {}, frozenset(past | one_by_one))
+        for way in in_mesh:
+            if not owner.has(way.target) and way.target not in owner.past:
+                owner.further[way.target] = way
+        return owner
+
+    def _look_for_other_ways(
+        self, service_of: Mapping[str, str], owners: Mapping[str, _Owner], ways: Mapping[str, Sequence[_Way]]
+    ) -> None:
+        """Find other Services, and other ports of one, that lead to the same pods."""
         for one in self.services:
             name, address = str(one["metadata"]["name"]), _address(one)
-            for port in (one["spec"].get("ports") or ()) if address else ():
-                members, target = _behind(name, port, self.slices)
-                owners = {service_of.get(pod, "") for pod in members if pod in self.pods}
-                owner = self._called(next(iter(owners))) if len(owners) == 1 else ""
-                known = owner in self.found and self.found[owner].port == target
-                if known and (owner, self.ports[owner]) != (self._called(name), port["port"]):
-                    self.also.append((owner, address, port["port"]))
+            for way in ways[name] if address else ():
+                of = {service_of.get(pod, "") for pod in way.pods if pod in self.pods}
+                owner = owners.get(next(iter(of))) if len(of) == 1 else None
+                if owner is None or way is owner.first:
+                    continue
+                chosen = all(_selects(one, self.pods[pod]) for pod in way.pods if pod in self.pods)
+                if not owner.has(way.target) and chosen and owner.first and way.target not in owner.past:
+                    owner.further[way.target] = way
+                if owner.has(way.target):
+                    (called,) = of
+                    self.also.append((self._called(called), address, way.called, way.target))
 
-    def _add(self, name: str, service: Service, port: int | None) -> None:
-        self.found[self._called(name)] = service
-        if port is not None:
-            self.ports[self._called(name)] = port
+    def _add(self, name: str, owner: _Owner, besides: Collection[int]) -> None:
+        pods = [self.pods[pod] for pod in owner.members]
+        further = [_port(way, pods, first=False) for way in owner.further.values()]
+        self.found[self._called(name)] = _service(
+            _port(owner.first, pods, first=True) if owner.first else None, further, pods, besides
+        )
+        if owner.first is not None:
+            self.ports[self._called(name)] = owner.first.called
+        for pod in owner.members:
+            its = tuple(target for target, way in owner.further.items() if pod in way.pods)
+            if its:
+                self.further[self._called(pod)] = its
 
     def _called(self, name: str) -> str:
         return qualified(name, self.namespace, self._home)
@@ -225,41 +299,76 @@ def _selects(service: Manifest, pod: Manifest) -> bool:
     return bool(selector) and selector.items() <= pod["metadata"].get("labels", {}).items()
 
 
-def _behind(name: str, wanted: Mapping[str, Any], slices: Sequence[Manifest]) -> tuple[list[str], int | None]:
-    """The pods that a Service leads to, ready or not, and their port."""
-    members: list[str] = []
-    target: int | None = None
-    for one in slices:
-        if one["metadata"].get("labels", {}).get("kubernetes.io/service-name") != name:
-            continue
-        for port in one.get("ports") or ():
-            if (port.get("name") or "") == (wanted.get("name") or ""):
-                target = port.get("port", target)
-        for endpoint in one.get("endpoints") or ():
-            if (endpoint.get("targetRef") or {}).get("kind") == "Pod":
-                members.append(endpoint["targetRef"]["name"])
-    return members, target
+def _headless(service: Manifest) -> bool:
+    return str(service["spec"].get("clusterIP")) == "None"
 
 
-def _targets(service: Manifest, slices: Sequence[Manifest]) -> set[int]:
-    """The pods' ports that a Service leads to."""
-    name = service["metadata"]["name"]
-    return {
-        int(port["port"])
-        for one in slices
-        if one["metadata"].get("labels", {}).get("kubernetes.io/service-name") == name
-        for port in one.get("ports") or ()
-        if port.get("port") and port.get("protocol", "TCP") == "TCP"
-    }
+def _tcp(service: Manifest) -> list[Mapping[str, Any]]:
+    """The ports of a Service that can be in the mesh."""
+    return [one for one in service["spec"].get("ports") or () if one.get("protocol", "TCP") == "TCP"]
 
 
-def _protocol(port: Mapping[str, Any], target: int, pods: Sequence[Manifest]) -> Protocol | None:
-    """What a port speaks; None if nothing says it."""
+def _of(name: str, slices: Iterable[Manifest]) -> list[Manifest]:
+    """The EndpointSlices of a Service."""
+    return [
+        one for one in slices if one["metadata"].get("labels", {}).get("kubernetes.io/service-name") == name
+    ]
+
+
+def _pods_of(one: Manifest) -> list[str]:
+    """The pods in an EndpointSlice, ready or not."""
+    return [
+        endpoint["targetRef"]["name"]
+        for endpoint in one.get("endpoints") or ()
+        if (endpoint.get("targetRef") or {}).get("kind") == "Pod"
+    ]
+
+
+def _members(name: str, slices: Iterable[Manifest]) -> list[str]:
+    """The pods that a Service leads to, ready or not."""
+    return list(dict.fromkeys(pod for one in _of(name, slices) for pod in _pods_of(one)))
+
+
+def _ways(service: Manifest, slices: Iterable[Manifest]) -> list[_Way]:
+    """The TCP ports of a Service that lead to pods, in its order."""
+    of = _of(str(service["metadata"]["name"]), slices)
+    found = []
+    for said in _tcp(service):
+        pods: dict[int, set[str]] = {}
+        for one in of:
+            for port in one.get("ports") or ():
+                if (port.get("name") or "") == (said.get("name") or "") and port.get("port"):
+                    pods.setdefault(int(port["port"]), set()).update(_pods_of(one))
+        if pods:
+            # A named target may be different ports of different pods; a call leads to one of them.
+            target = max(pods, key=lambda port: (len(pods[port]), -port))
+            found.append(_Way(said, int(said["port"]), target, frozenset(pods[target])))
+    return found
+
+
+def _annotation(pod: Manifest, *keys: str) -> str:
+    annotations = pod["metadata"].get("annotations") or {}
+    return next((str(annotations[key]) for key in keys if annotations.get(key)), "")
+
+
+def _skipped(pods: Iterable[Manifest]) -> set[int]:
+    """The ports whose traffic passes by the sidecars of these pods."""
+    found: set[int] = set()
     for pod in pods:
-        annotations = pod["metadata"].get("annotations") or {}
-        told = str(annotations.get(PROTOCOL) or annotations.get(TOLD_PROTOCOL) or "").lower()
-        if told in PROTOCOLS:
-            return cast(Protocol, told)
+        with contextlib.suppress(ValueError):  # `inject` takes no such thing
+            found.update(numbers(_annotation(pod, SKIP_INBOUND, TOLD_SKIPPED)))
+    return found
+
+
+def _protocol(
+    port: Mapping[str, Any], target: int, pods: Sequence[Manifest], *, first: bool
+) -> Protocol | None:
+    """What a port speaks; None if nothing says it. An annotation that names no port is about the `first`."""
+    for pod in pods:
+        with contextlib.suppress(ValueError):  # nor such a thing
+            told = protocols(_annotation(pod, PROTOCOL, TOLD_PROTOCOL))
+            if protocol := told.get(target) or (told.get(None) if first else None):
+                return cast(Protocol, protocol)
     said = str(port.get("appProtocol") or "").lower()
     if said in _BY_PROTOCOL:
         return _BY_PROTOCOL[said]
@@ -298,19 +407,41 @@ def _probes(pods: Iterable[Manifest]) -> Iterator[_Probe]:
                         yield _Probe(kind, port, str(how.get("path") or "/"), tls)
 
 
+def _port(way: _Way, pods: Sequence[Manifest], *, first: bool) -> FurtherPort:
+    """A port of these pods."""
+    probes = [one for one in _probes(pods) if one.port == way.target]
+    protocol = _protocol(way.said, way.target, pods, first=first)
+    asked = {one.path for one in probes if one.kind == "httpGet" and not one.tls}
+    return FurtherPort(
+        port=way.target,
+        called=way.called,
+        protocol=protocol or "http",
+        detect=protocol is None,
+        grpc_probe=any(one.kind == "grpc" for one in probes),
+        open_paths={path: ["GET"] for path in sorted(asked | _scraped(way, pods))},
+    )
+
+
+def _scraped(way: _Way, pods: Iterable[Manifest]) -> set[str]:
+    """Where Prometheus, which has no sidecar, reads a port, by its usual annotations or the port's name."""
+    found = set()
+    if "metrics" in re.split(r"[^a-z0-9]", str(way.said.get("name") or "")):
+        found.add("/metrics")
+    for pod in pods:
+        wanted = _annotation(pod, "prometheus.io/scrape") == "true"
+        if wanted and _annotation(pod, "prometheus.io/port") == str(way.target):
+            found.add(_annotation(pod, "prometheus.io/path") or "/metrics")
+    return {path for path in found if path.startswith("/")}
+
+
 def _service(
-    port: int,
-    protocol: Protocol,
+    first: FurtherPort | None,
+    further: Sequence[FurtherPort],
     pods: Sequence[Manifest],
-    *,
-    detect: bool = False,
-    besides: Collection[int] = (),
+    besides: Collection[int],
 ) -> Service:
     """`besides`: other ports that Services of the namespace lead to."""
     probes = list(_probes(pods))
-    probed = sorted(
-        {one.path for one in probes if one.kind == "httpGet" and one.port == port and not one.tls}
-    )
     named = {
         one["containerPort"]
         for pod in pods
@@ -318,17 +449,23 @@ def _service(
         for one in container.get("ports") or ()
         if one.get("protocol", "TCP") == "TCP" and one.get("containerPort")
     }
-    aside = (named | {one.port for one in probes} | set(besides)) - {port}
+    first = first or FurtherPort(port=_NOBODYS_PORT, called=_NOBODYS_PORT)
+    aside = (named | {one.port for one in probes} | set(besides)) - {
+        first.port,
+        *(one.port for one in further),
+    }
+    probed = sorted(one.path for one in probes if one.kind == "httpGet" and one.port == first.port)
     return Service(
-        port=port,
-        protocol=protocol,
+        port=first.port,
+        protocol=first.protocol,
         healthz=probed[0] if probed else "/healthz",
         metrics=None,
-        open_paths={path: ["GET"] for path in probed},
+        open_paths=first.open_paths,
         versions={version_of(pod): Workload(image=INJECTED) for pod in pods},
         found=Found(
-            detect=detect,
-            grpc_probe=any(one.kind == "grpc" and one.port == port for one in probes),
+            detect=first.detect,
+            grpc_probe=first.grpc_probe,
+            ports=tuple(further),
             aside=tuple(sorted(aside)),
         ),
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from meshdemo.apps.model import GATEWAY, App, Route, Service
+from meshdemo.apps.model import GATEWAY, App, Route
 from meshdemo.control.model import Entry, MeshState
 
 _MAX_BODY = 3500  # bytes; Envoy's limit of such an answer is 4096
@@ -27,7 +27,7 @@ class GatewayRoute:
     path: str
     method: str | None
     headers: tuple[tuple[str, str], ...]
-    backends: tuple[tuple[str, int], ...]  # service, weight; none: there is nobody to answer
+    backends: tuple[tuple[str, int], ...]  # as an Entry names them, weight; none: there is nobody to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,8 @@ class GatewayHost:
 
 
 def hosts(mesh: MeshState, declared: Mapping[str, Sequence[Route]]) -> list[GatewayHost]:
-    """The gateway's table. `declared`: the routes of each service, in the order in which they are tried."""
+    """The gateway's table. `declared`: the routes of each backend, in the order in which they are tried; whom
+    it does not know cannot be led to."""
     app = mesh.app
     rest = [entry for entry in mesh.entries if entry.default]
     by_host: dict[str, list[Entry]] = {}
@@ -49,7 +50,7 @@ def hosts(mesh: MeshState, declared: Mapping[str, Sequence[Route]]) -> list[Gate
             by_host.setdefault(entry.host.lower(), []).append(entry)
     anywhere = [*by_host.pop("*", ()), *(rest or _front(app))]
     return [
-        _host(name, entries, app, declared)
+        _host(name, entries, declared)
         for name, entries in [*((name, [*its, *rest]) for name, its in by_host.items()), ("*", anywhere)]
     ]
 
@@ -58,7 +59,7 @@ def leads_to(mesh: MeshState) -> set[str]:
     """The services that the gateway sends requests to: it may call them, unless somebody says otherwise."""
     if not mesh.gateways:
         return set()
-    named = {service for entry in mesh.entries for service in entry.backends}
+    named = {service_of(backend) for entry in mesh.entries for backend in entry.backends}
     return ({mesh.app.front} | named) & mesh.app.services.keys()
 
 
@@ -67,20 +68,21 @@ def pairs(mesh: MeshState) -> set[str]:
     return {f"{GATEWAY}>{service}" for service in leads_to(mesh)}
 
 
+def service_of(backend: str) -> str:
+    """The service of a backend, which may name one of its further ports."""
+    return backend.partition(":")[0]
+
+
 def _front(app: App) -> list[Entry]:
     front = app.services.get(app.front)
     return [Entry(backends={app.front: 1})] if front is not None and front.protocol != "tcp" else []
 
 
-def _host(
-    name: str, entries: Sequence[Entry], app: App, declared: Mapping[str, Sequence[Route]]
-) -> GatewayHost:
+def _host(name: str, entries: Sequence[Entry], declared: Mapping[str, Sequence[Route]]) -> GatewayHost:
     routes: list[GatewayRoute] = []
     for entry in sorted(entries, key=_rank):
         backends = tuple(
-            (service, weight)
-            for service, weight in entry.backends.items()
-            if weight and _answers(app.services.get(service))
+            (backend, weight) for backend, weight in entry.backends.items() if weight and backend in declared
         )
         routes += _routes(entry, backends, declared.get(backends[0][0], ()) if backends else ())
     return GatewayHost(name, tuple(routes), _unknown(name, entries))
@@ -90,10 +92,6 @@ def _rank(entry: Entry) -> tuple[bool, bool, int, bool, int]:
     """Exact paths first, longer ones before shorter, and the more that is asked of a request the sooner
     (https://gateway-api.sigs.k8s.io/reference/spec/#httprouterule); the order given decides what is equal."""
     return entry.default, not entry.exact, -len(entry.path), entry.method is None, -len(entry.headers)
-
-
-def _answers(service: Service | None) -> bool:
-    return service is not None and service.protocol != "tcp"
 
 
 def _routes(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from meshdemo.apps.model import App
@@ -58,6 +59,7 @@ def translate(
     services: Iterable[Manifest],
     app: App,
     home: str,
+    ports: Mapping[str, int] = MappingProxyType({}),
 ) -> Entrance:
     """What these objects ask for, each of the services of its own namespace.
 
@@ -65,8 +67,9 @@ def translate(
         services: the Services there are.
         app: all services of the mesh.
         home: the mesh's namespace.
+        ports: by service that was found the port of its name that leads to its first one.
     """
-    known = _Known(app, {_named(one["metadata"]["name"], one, home): one for one in services}, home)
+    known = _Known(app, {_named(one["metadata"]["name"], one, home): one for one in services}, home, ports)
     entries: list[Entry] = []
     found: dict[str, list[Verdict]] = {"Ingress": [], "HTTPRoute": []}
     for kind, objects, is_ours, read in (
@@ -100,9 +103,10 @@ class _Known:
     app: App
     services: Mapping[str, Manifest]  # by what the mesh calls them
     home: str
+    ports: Mapping[str, int]
 
     def backend(self, of: Manifest, named: str, port: int | str | None) -> str | Problem:
-        """The service that an object means, or why there is none."""
+        """The backend that an object means, as an Entry has it, or why there is none."""
         name = _named(named, of, self.home)
         service = self.app.services.get(name)
         if service is None:
@@ -113,20 +117,26 @@ class _Known:
                 f"service '{name}' is not in the mesh; there are: {', '.join(there) or 'none'}",
                 True,
             )
-        if service.protocol == "tcp":
-            return Problem("UnsupportedProtocol", f"service '{name}' does not speak HTTP", True)
         ports = self.services.get(name, {}).get("spec", {}).get("ports") or ()
+        protocol, found, by_port = service.protocol, name, ""
         if port is not None and ports:
-            mesh_port = ports[0]  # the one that the mesh carries
-            if port not in (mesh_port["port"], mesh_port.get("name")):
-                has = (
-                    f"{mesh_port['port']} ({mesh_port['name']})"
-                    if mesh_port.get("name")
-                    else mesh_port["port"]
-                )
-                message = f"service '{name}' is in the mesh by its port {has}, not {port}"
-                return Problem("BackendNotFound", message, True)
-        return name
+            first = self.ports.get(name) if service.found else ports[0]["port"]
+            further = {one.called: one for one in service.further}
+            number = next((one["port"] for one in ports if port in (one["port"], one.get("name"))), None)
+            if number != first:
+                other = further.get(number or 0)
+                if other is None:
+                    in_mesh = [one for one in ports if one["port"] in (first, *further)]
+                    has = ", ".join(
+                        str(one["port"]) + f" ({one.get('name')})" * ("name" in one) for one in in_mesh
+                    )
+                    some = "ports" if len(in_mesh) > 1 else "port"
+                    message = f"service '{name}' is in the mesh by its {some} {has or 'none'}, not {port}"
+                    return Problem("BackendNotFound", message, True)
+                protocol, found, by_port = other.protocol, f"{name}:{other.port}", f" by its port {number}"
+        if protocol == "tcp":
+            return Problem("UnsupportedProtocol", f"service '{name}' does not speak HTTP{by_port}", True)
+        return found
 
 
 # -- Ingress -----------------------------------------------------------------------------------------------

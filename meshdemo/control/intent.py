@@ -76,7 +76,7 @@ def new_fault(request: Mapping[str, Any], mesh: MeshState, now: float) -> Fault:
     share = _number("share", request.get("share", 1), 0, 1)
     if kind == "degrade" and not (lat_ms or err_rate):
         raise BadInput("a fault needs a latency or an error share above 0", "such as --lat 200 or --err 0.2")
-    if at == "mesh" and service.protocol == "tcp":
+    if at == "mesh" and service.without_requests:
         raise BadInput(
             f"service '{request['service']}' speaks tcp, and sidecars break requests of http and grpc only",
             "use --at app, --crash or --hang",
@@ -237,7 +237,7 @@ def _traffic_field(mesh: MeshState, service: str, definition: Service, key: str,
         raise BadInput(f"traffic has no field '{key}'", f"it has: {', '.join(fields)}")
     if value is None or value in ({}, ""):
         return {} if key in ("split", "mirror") else None
-    if definition.protocol == "tcp" and key in ("timeout_ms", "retries", "mirror", "max_requests"):
+    if definition.without_requests and key in ("timeout_ms", "retries", "mirror", "max_requests"):
         raise BadInput(
             f"service '{service}' speaks tcp, which has no requests for '{key}' to apply to",
             "set split, max_connections, max_pending or outlier",

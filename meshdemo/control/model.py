@@ -29,6 +29,9 @@ class Instance(_Value):
     service: str
     version: str
     revision: int = Field(default=1, description="revision of the workload that it runs")
+    further: tuple[int, ...] = Field(
+        default=(), description="of its service's further ports those that it has"
+    )
     host: str = "127.0.0.1"
     inbound_port: int = Field(description="where the sidecar accepts mutual TLS for this instance")
     outbound_port: int = Field(description="where the sidecar accepts what this instance calls")
@@ -53,7 +56,10 @@ class Entry(_Value):
     exact: bool = Field(default=False, description="this path alone; else whatever is below it, too")
     method: str | None = None
     headers: tuple[tuple[str, str], ...] = Field(default=(), description="name and exact value")
-    backends: dict[str, int] = Field(default_factory=dict, description="service -> weight; none: an error")
+    backends: dict[str, int] = Field(
+        default_factory=dict,
+        description="service -> weight, and SERVICE:PORT -> weight for a further port; none: an error",
+    )
     default: bool = Field(default=False, description="takes what nothing else takes, on every host")
 
 
@@ -77,16 +83,22 @@ class MeshState(_Value):
         default_factory=dict, description="service -> port of its name, where that is not its instances' own"
     )
 
-    also: tuple[tuple[str, str, int], ...] = Field(
-        default=(), description="service, address and port: other ways to its instances than by its own name"
+    also: tuple[tuple[str, str, int, int], ...] = Field(
+        default=(),
+        description="service, address, port, and the port of its instances: other ways to them than by its "
+        "own name and first port",
     )
 
-    def places(self, service: str) -> list[tuple[str, str, int]]:
-        """Where a service is called: what the place is called, its address and port."""
-        port = self.ports.get(service, self.app.services[service].port)
-        found = [(service, self.addresses[service], port)] if service in self.addresses else []
-        others = [(address, port) for name, address, port in self.also if name == service]
-        return found + [(f"{service}@{address}:{port}", address, port) for address, port in others]
+    def places(self, service: str) -> list[tuple[str, str, int, int]]:
+        """Where a service is called: what the place is called, its address, its port and its instances'."""
+        first = self.app.services[service].port
+        port = self.ports.get(service, first)
+        found = [(service, self.addresses[service], port, first)] if service in self.addresses else []
+        return found + [
+            (f"{service}@{address}:{port}", address, port, target)
+            for name, address, port, target in self.also
+            if name == service
+        ]
 
     def ready_by_version(self, service: str, ejected: Collection[str]) -> dict[str, int]:
         """Version -> the number of a service's instances that are ready and not ejected."""

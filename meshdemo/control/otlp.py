@@ -28,7 +28,8 @@ _BYTES = {
     "tcp.inbound.downstream_cx_rx_bytes_total": "received",
     "tcp.inbound.downstream_cx_tx_bytes_total": "sent",
 }
-_TCP_DENIED = "inbound.rbac.denied"
+# Of connections, when they come, or at their first byte.
+_TCP_DENIED = frozenset(("listener.inbound.ssl.fail_verify_san", "inbound.rbac.denied"))
 _IN_FLIGHT, _ARRIVED = "http.inbound.downstream_rq_active", "http.inbound.downstream_rq_total"
 
 # Envoy's flags of a response that began well and was cut off: reset by the upstream or locally, the
@@ -197,14 +198,15 @@ def decode(raw: bytes, home: str = HOME) -> Export:
                 if point.as_int:
                     whole = sums[_WHOLE]
                     setattr(whole, _BYTES[name], getattr(whole, _BYTES[name]) + point.as_int)
-            elif name == _TCP_DENIED:
+            elif name in _TCP_DENIED:
                 if point.as_int:
                     sums[_WHOLE].denied += point.as_int
             elif name == _EJECTED:
-                # An attribute of its own: the cluster, `SERVICE/VERSION`.
-                peer, _, version = dict(_attributes(point)).get("cluster", "").partition("/")
+                # An attribute of its own: the cluster. What is wrong by one port need not be by another.
+                peer, version = of_cluster(dict(_attributes(point)).get("cluster", ""))
                 if peer and point.as_int:
-                    sums[False, peer, version, ""].ejected = point.as_int
+                    row = sums[False, peer, version, ""]
+                    row.ejected = max(row.ejected, point.as_int)
             elif name == _IN_FLIGHT:
                 in_flight += point.as_int
             elif name == _ARRIVED:
@@ -215,6 +217,12 @@ def decode(raw: bytes, home: str = HOME) -> Export:
         raise Malformed("an export without a time")
     cells = tuple(added.cell(key) for key, added in sums.items())
     return Export(start_ns / 1e9, stamp_ns / 1e9, in_flight, arrived, cells)
+
+
+def of_cluster(name: str) -> tuple[str, str]:
+    """The service and the version of a cluster: SERVICE/VERSION, or SERVICE/VERSION/PORT."""
+    service, _, rest = name.partition("/")
+    return service, rest.partition("/")[0]
 
 
 def _attributes(point: metrics_pb2.NumberDataPoint | metrics_pb2.HistogramDataPoint) -> _Attributes:
@@ -228,7 +236,7 @@ def _kind(inbound: bool, attributes: _Attributes, home: str) -> _Kind:
     tags = {name: "" if value == "-" else value for name, value in attributes}
     identity = tags.get("caller" if inbound else "peer", "")
     caller = service_of(identity, home)
-    peer, _, version = (caller, "", "") if inbound else tags.get("cluster", "").partition("/")
+    peer, version = (caller, "") if inbound else of_cluster(tags.get("cluster", ""))
     flags = frozenset(tags.get("flags", "").split(","))
     code = tags.get("code") or "0"
     route = tags.get("route", "")

@@ -26,7 +26,7 @@ def in_force(mesh: MeshState, intent: Intent) -> dict[str, dict[str, RuleRow]]:
     for name, service in mesh.app.services.items():
         traffic = intent.traffic.get(name, Traffic())
         rows[name] = {}
-        for field in _OF_TCP if service.protocol == "tcp" else DEFAULTS:
+        for field in _OF_TCP if service.without_requests else DEFAULTS:
             value = getattr(traffic, field)
             is_set = value not in (None, {})
             rows[name][field] = {

@@ -24,7 +24,7 @@ from envoy.service.accesslog.v3 import als_pb2
 from meshdemo.control.client import TAP_PER_S, TAP_STATUS
 from meshdemo.control.identity import service_of
 from meshdemo.control.model import HOME, Instance
-from meshdemo.control.otlp import BROKEN_OFF
+from meshdemo.control.otlp import BROKEN_OFF, of_cluster
 from meshdemo.control.signals import MIRRORED
 from meshdemo.control.telemetry import Authenticate
 from meshdemo.errors import BadInput, Failed
@@ -280,7 +280,7 @@ def event_of(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance, home: 
 
 def answered_by_caller(entry: accesslog_pb2.HTTPAccessLogEntry, instance: Instance, home: str) -> TapEvent:
     """An access log entry of a caller's sidecar, of a request that it answered itself."""
-    service, _, version = entry.common_properties.upstream_cluster.partition("/")
+    service, version = of_cluster(entry.common_properties.upstream_cluster)
     if not service and (host := _HOST.match(entry.request.authority)):
         # Refused before an instance was chosen: Envoy does not say of which cluster.
         service = qualified(host[1], host[2] or parted(instance.service, home)[1], home)

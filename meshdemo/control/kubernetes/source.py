@@ -123,6 +123,7 @@ class Source:
             services,
             state.app,
             self._namespace,
+            state.ports,
         )
         return state.model_copy(update={"entries": self.entrance.entries})
 

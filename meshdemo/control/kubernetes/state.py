@@ -47,6 +47,7 @@ def mesh_state(
         for one in services
         if (name := _called(one["metadata"]["name"], one, namespace)) in app.services
         and one["spec"].get("clusterIP", "None") != "None"
+        and (name in ours or name in whole.ports)
     }
     instances = []
     for pod in sorted(pods, key=key_of):
@@ -65,6 +66,7 @@ def mesh_state(
                 service=name,
                 version=version_of(pod),
                 revision=int(revision) if revision.isdigit() else 1,
+                further=whole.further.get(pod_id, ()) if name == whole.service_of.get(pod_id) else (),
                 host=pod.get("status", {}).get("podIP", ""),
                 inbound_port=service.port,
                 outbound_port=PROXY_PORT,

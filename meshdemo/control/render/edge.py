@@ -9,14 +9,14 @@ from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
 
 from meshdemo import names
-from meshdemo.apps.model import GATEWAY
+from meshdemo.apps.model import GATEWAY, App
 from meshdemo.control import gateway, xds
 from meshdemo.control.model import Instance, MeshState, Traffic
 from meshdemo.control.render import redirected
 from meshdemo.control.render.cache import Cache
 from meshdemo.control.render.inbound import placed
 from meshdemo.control.render.outbound import Shared, routing
-from meshdemo.control.render.routes import declared_routes
+from meshdemo.control.render.routes import Served, served
 from meshdemo.control.render.split import shares
 
 
@@ -30,7 +30,7 @@ def snapshot(
 ) -> xds.Snapshot:
     """All that it has. `table`: its `routes`."""
     front = cache.made("listener_gateway", Listener, traced=None if traces is None else GATEWAY)
-    plain = cache.made("listener_plain", Listener, open_paths={}, load_token=None)
+    plain = cache.made("listener_plain", Listener, port="", open_paths={}, load_token=None)
     if mesh.addresses:  # in a pod, which is reached at its own address
         listeners = cache.bundle(
             xds.LISTENERS,
@@ -64,34 +64,50 @@ def routes(
     cache: Cache, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traffic: Mapping[str, Traffic]
 ) -> xds.Bundle:
     """What it does with requests from outside."""
-    declared = {name: declared_routes(service) for name, service in mesh.app.services.items()}
+    ports = backends(mesh.app)
+    declared = {backend: port.routes for backend, port in ports.items()}
     hosts = [
         {
             "name": host.name,
             "unknown": host.unknown,
-            "routes": [_route(route, mesh, splits, traffic) for route in host.routes],
+            "routes": [_route(route, ports, splits, traffic) for route in host.routes],
         }
         for host in gateway.hosts(mesh, declared)
     ]
     return cache.bundle(xds.ROUTES, [cache.made("routes_gateway", RouteConfiguration, hosts=hosts)])
 
 
+def backends(app: App) -> dict[str, Served]:
+    """All that requests can be led to, as an Entry names it."""
+    return {
+        name if not port.suffix else f"{name}:{port.number}": port
+        for name, service in app.services.items()
+        for port in served(service)
+        if port.spoken != "tcp"
+    }
+
+
 def _route(
     route: gateway.GatewayRoute,
-    mesh: MeshState,
+    ports: Mapping[str, Served],
     splits: Mapping[str, Mapping[str, int]],
     traffic: Mapping[str, Traffic],
 ) -> dict[str, Any]:
     """A route with what callers of its (first) service go by."""
     first = route.backends[0][0] if route.backends else None
+    service = gateway.service_of(first) if first else None
+    weights = [
+        (gateway.service_of(backend), ports[backend].suffix, weight) for backend, weight in route.backends
+    ]
     return {
         "name": route.name,
         "kind": route.kind,
         "path": route.path,
         "method": route.method,
         "headers": route.headers,
-        "clusters": shares(route.backends, splits),
-        "service": first,
-        "protocol": mesh.app.services[first].spoken if first else "http",
-        "traffic": routing(traffic[first]) if first else Traffic(),
+        "clusters": shares(weights, splits),
+        "service": service,
+        "port": ports[first].suffix if first else "",
+        "protocol": ports[first].spoken if first else "http",
+        "traffic": routing(traffic[service]) if service else Traffic(),
     }

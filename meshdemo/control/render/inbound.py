@@ -10,13 +10,13 @@ from envoy.config.cluster.v3.cluster_pb2 import Cluster
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
 
-from meshdemo.apps.model import Service
+from meshdemo.apps.model import FurtherPort, Service
 from meshdemo.control import xds
 from meshdemo.control.identity import spiffe_id, trust_domain
 from meshdemo.control.model import Fault, Instance, MeshState
 from meshdemo.control.render.cache import Cache, Is, Made
 from meshdemo.control.render.outbound import by_name
-from meshdemo.control.render.routes import inbound_routes
+from meshdemo.control.render.routes import Served, inbound_routes, served
 from meshdemo.control.signals import MIRRORED
 
 # https://github.com/grpc/grpc/blob/master/doc/health-checking.md
@@ -40,6 +40,16 @@ class Listeners:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """How a port of an instance is called."""
+
+    port: Served
+    mutual_tls: Made[Listener]
+    bytes: Made[Listener] | None  # of what is not HTTP, where it may be either
+    plain: Made[Listener] | None  # in plain text, where there is anything to say
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ServiceParts:
     """What the instances of a service have in common; `routes`: theirs, by the faults that apply, and whether
@@ -50,7 +60,7 @@ class ServiceParts:
     faults: tuple[Fault, ...]
     identity: Callable[[str], str]
     app: xds.Bundle
-    bytes: Made[Listener] | None  # the inbound listener of what is not HTTP, where it may be either
+    doors: tuple[Door, ...]
     listeners: Listeners
     routes: dict[tuple[tuple[Fault, ...], bool], xds.Bundle]
 
@@ -78,19 +88,42 @@ def service_parts(
         return spiffe_id(mesh.mesh, mesh.namespace, name)
 
     def make() -> ServiceParts:
-        rules = access_rules([identity(caller) for caller in allowed])
+        callers = [identity(caller) for caller in allowed]
+        rules = access_rules(callers)
         aside = service.found.aside if service.found else ()
 
-        def called(protocol: str) -> Made[Listener]:
+        def called(port: Served, protocol: str) -> Made[Listener]:
             return cache.made(
                 "listener_inbound",
                 Listener,
+                port=port.within,
                 protocol=protocol,
                 trust_domain=trust_domain(mesh.mesh),
+                callers=callers if protocol == "tcp" else None,
                 access=rules if protocol == "tcp" else None,
                 traced=traced,
             )
 
+        def plain(port: Served) -> Made[Listener]:
+            return cache.made(
+                "listener_plain",
+                Listener,
+                port=port.within,
+                open_paths=open_paths(port.of),
+                load_token=load_token if service.load else None,
+            )
+
+        def door(port: Served) -> Door:
+            # What is no HTTP, or may be something else, hears it in plain text if it is known to be asked so.
+            speaks = port.spoken in ("http", "grpc") or (service.found is not None and open_paths(port.of))
+            return Door(
+                port=port,
+                mutual_tls=called(port, port.spoken),
+                bytes=called(port, "tcp") if port.spoken == "any" else None,
+                plain=plain(port) if speaks else None,
+            )
+
+        ports = served(service)
         return ServiceParts(
             service=service,
             rules=rules,
@@ -99,20 +132,24 @@ def service_parts(
             app=cache.bundle(
                 xds.CLUSTERS,
                 [
-                    cache.made("app", Cluster, name="app", protocol=service.spoken),
+                    *(
+                        # The kubelet may ask in another protocol than callers do.
+                        cache.made(
+                            "app",
+                            Cluster,
+                            name=f"app{port.within}",
+                            protocol="any" if service.found is not None else port.spoken,
+                        )
+                        for port in ports
+                    ),
                     *(cache.made("app", Cluster, name=f"aside:{port}", protocol="tcp") for port in aside),
                 ],
             ),
-            bytes=called("tcp") if service.spoken == "any" else None,
+            doors=tuple(door(port) for port in ports),
             listeners=Listeners(
-                inbound=called(service.spoken),
+                inbound=called(ports[0], service.spoken),
                 outbound=by_name(cache, mesh, traced),
-                plain=cache.made(
-                    "listener_plain",
-                    Listener,
-                    open_paths=open_paths(service),
-                    load_token=load_token if service.load else None,
-                ),
+                plain=plain(ports[0]),
             ),
             routes={},
         )
@@ -121,7 +158,7 @@ def service_parts(
 
 
 def routes(cache: Cache, of: ServiceParts, instance: Instance, *, mirrored: bool) -> xds.Bundle:
-    """The route table of an instance. `mirrored`: whether it gets copies of requests."""
+    """The route tables of an instance, one for each port. `mirrored`: whether it gets copies of requests."""
     faults = of.faults and tuple(
         fault
         for fault in of.faults
@@ -129,15 +166,19 @@ def routes(cache: Cache, of: ServiceParts, instance: Instance, *, mirrored: bool
     )
     bundle = of.routes.get((faults, mirrored))
     if bundle is None:
-        table = cache.made(
-            "routes_inbound",
-            RouteConfiguration,
-            protocol=of.service.spoken,
-            access=of.rules,
-            routes=inbound_routes(of.service, faults, of.identity),
-            mirrored=MIRRORED if mirrored else None,
-        )
-        bundle = of.routes[faults, mirrored] = cache.bundle(xds.ROUTES, [table])
+        tables = [
+            cache.made(
+                "routes_inbound",
+                RouteConfiguration,
+                port=door.port.within,
+                protocol=door.port.spoken,
+                access=of.rules,
+                routes=inbound_routes(door.port.routes, faults, of.identity),
+                mirrored=MIRRORED if mirrored else None,
+            )
+            for door in of.doors
+        ]
+        bundle = of.routes[faults, mirrored] = cache.bundle(xds.ROUTES, tables)
     return bundle
 
 
@@ -152,16 +193,18 @@ def access_rules(allowed: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def open_paths(service: Service) -> dict[str, list[str]]:
+def open_paths(of: Service | FurtherPort) -> dict[str, list[str]]:
     """Exact path -> methods that need no certificate: probes, metrics, and what the app file declares."""
-    # Of what is not declared the kubelet's probes are all that is known to be asked so.
-    told = () if service.found is not None else (service.healthz, service.metrics)
+    declared = isinstance(of, Service) and of.found is None
+    # Of what is not declared only that counts which is known to be asked so.
+    told = (of.healthz, of.metrics) if isinstance(of, Service) and declared else ()
     paths = {path: ["GET"] for path in told if path}
-    if service.load:
+    if isinstance(of, Service) and of.load:
         paths["/load"] = ["GET"]
-    for path, methods in service.open_paths.items():
+    for path, methods in of.open_paths.items():
         paths[path] = list(dict.fromkeys([*paths.get(path, []), *methods]))
-    if service.found is not None and service.found.grpc_probe:
+    probed = of if isinstance(of, FurtherPort) else of.found
+    if probed is not None and probed.grpc_probe:
         paths[_GRPC_HEALTH] = ["POST"]
     return paths
 

@@ -15,7 +15,7 @@ from meshdemo.control import captured, xds
 from meshdemo.control.identity import spiffe_id
 from meshdemo.control.model import MeshState, Traffic
 from meshdemo.control.render.cache import Cache, Is, Made
-from meshdemo.control.render.routes import declared_routes
+from meshdemo.control.render.routes import Served, served
 from meshdemo.control.render.split import Versions
 
 
@@ -33,12 +33,15 @@ class Shared:
 def clusters(
     cache: Cache, mesh: MeshState, versions: Versions, traffic: Mapping[str, Traffic], traces: str | None
 ) -> xds.Bundle:
-    """A cluster for each version of each service, and what else is called.
+    """A cluster for each version of each service, by each of its ports, and what else is called.
 
     `traces`: the collector of spans, host:port.
     """
     made = [
-        _cluster(cache, mesh, name, version, traffic[name]) for name in versions for version in versions[name]
+        _cluster(cache, mesh, name, version, port, traffic[name])
+        for name in versions
+        for port in served(mesh.app.services[name])
+        for version in versions[name]
     ]
     if mesh.addresses:
         made.append(cache.made("passthrough", Cluster))
@@ -48,62 +51,70 @@ def clusters(
     return cache.bundle(xds.CLUSTERS, made)
 
 
-def _cluster(cache: Cache, mesh: MeshState, name: str, version: str, traffic: Traffic) -> Made[Cluster]:
-    service = mesh.app.services[name]
+def _cluster(
+    cache: Cache, mesh: MeshState, name: str, version: str, port: Served, traffic: Traffic
+) -> Made[Cluster]:
     return cache.once(
-        ("cluster", Is(service), version, Is(traffic)),
+        ("cluster", Is(port.of), version, Is(traffic)),
         lambda: cache.made(
             "cluster",
             Cluster,
-            service=name,
-            version=version,
-            protocol=service.spoken,
+            name=f"{name}/{version}{port.suffix}",
+            protocol=port.spoken,
             identity=spiffe_id(mesh.mesh, mesh.namespace, name),
             traffic=_limits(traffic),
         ),
     )
 
 
-def endpoints(cache: Cache, versions: Versions) -> xds.Bundle:
-    """The instances that each version's callers know of."""
-    return cache.bundle(
-        xds.ENDPOINTS,
-        [
-            cache.endpoints(f"{name}/{version}", tuple((i.host, i.inbound_port) for i in serving))
-            for name, of in versions.items()
-            for version, serving in of.items()
-        ],
-    )
+def endpoints(cache: Cache, mesh: MeshState, versions: Versions) -> xds.Bundle:
+    """The instances that each version's callers know of, and those of them that have a further port."""
+    found = []
+    for name, of in versions.items():
+        further = mesh.app.services[name].further
+        for version, serving in of.items():
+            where = tuple((i.host, i.inbound_port) for i in serving)
+            found.append(cache.endpoints(f"{name}/{version}", where))
+            for port in further:
+                where = tuple((i.host, port.port) for i in serving if port.port in i.further)
+                found.append(cache.endpoints(f"{name}/{version}/{port.port}", where))
+    return cache.bundle(xds.ENDPOINTS, found)
 
 
 def routes(
     cache: Cache, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traffic: Mapping[str, Traffic]
 ) -> xds.Bundle:
     """A virtual host for each service, with its declared routes."""
-    hosts = [_host(cache, mesh, name, splits[name], traffic[name]) for name in mesh.app.services]
+    hosts, further = [], []
+    for name, service in mesh.app.services.items():
+        first, *others = (
+            _host(cache, mesh, name, port, splits[name], traffic[name]) for port in served(service)
+        )
+        hosts.append(first)
+        further += others
     frame = cache.made("routes_outbound", RouteConfiguration)
     table = cache.once(
         ("outbound", frame, *hosts),
         lambda: Made(_with_hosts(frame.message, [host.message for host in hosts])),
     )
     # Where traffic is redirected, the address that was called says which service is meant.
-    redirected = [_table_of_one(cache, host) for host in (hosts if mesh.addresses else ())]
+    redirected = [_table_of_one(cache, host) for host in ((*hosts, *further) if mesh.addresses else ())]
     return cache.bundle(xds.ROUTES, [table, *redirected])
 
 
 def _host(
-    cache: Cache, mesh: MeshState, name: str, split: Mapping[str, int], traffic: Traffic
+    cache: Cache, mesh: MeshState, name: str, port: Served, split: Mapping[str, int], traffic: Traffic
 ) -> Made[VirtualHost]:
-    service = mesh.app.services[name]
     return cache.once(
-        ("host", Is(service), tuple(split.items()), Is(traffic)),
+        ("host", Is(port.of), tuple(split.items()), Is(traffic)),
         lambda: cache.made(
             "virtual_host",
             VirtualHost,
             service=name,
-            protocol=service.spoken,
+            port=port.suffix,
+            protocol=port.spoken,
             domains=_domains(name, mesh.namespace),
-            routes=declared_routes(service),
+            routes=port.routes,
             split=split,
             traffic=routing(traffic),
         ),

@@ -10,8 +10,9 @@ from meshdemo import names
 from meshdemo.control import captured, xds
 from meshdemo.control.model import MeshState
 from meshdemo.control.render.cache import Cache, Made
-from meshdemo.control.render.inbound import ServiceParts, open_paths
+from meshdemo.control.render.inbound import Door, ServiceParts
 from meshdemo.control.render.outbound import by_name
+from meshdemo.control.render.routes import Served, served
 
 
 def shared(
@@ -27,14 +28,14 @@ def shared(
     for name, service in mesh.app.services.items():
         if name not in mesh.addresses:
             continue
-        table, grpc = f"outbound/{name}", service.spoken in ("grpc", "any")
-        tcp = cache.made("captured_tcp", Listener, service=name, split=splits[name])
-        http = cache.made("listener_outbound", Listener, routes=table, grpc=grpc, traced=traced)
-        for called, address, port in mesh.places(name):
-            if service.spoken == "any":
-                looked_into.append(_detecting(cache, called, address, port, http, tcp))
+        ports = {port.number: port for port in served(service)}
+        for called, address, number, target in mesh.places(name):
+            port = ports[target]
+            http, tcp = _chains(cache, name, port, splits[name], traced)
+            if port.spoken == "any":
+                looked_into.append(_detecting(cache, called, address, number, http, tcp))
             else:
-                chains.append((called, address, port, tcp if service.spoken == "tcp" else http))
+                chains.append((called, address, number, tcp if port.spoken == "tcp" else http))
     outbound = cache.once(
         ("captured outbound", frame, *chains),
         lambda: Made(captured.outbound(frame.message, [(*where, chain.message) for *where, chain in chains])),
@@ -43,6 +44,17 @@ def shared(
     proxy = cache.once(("captured proxy", named), lambda: Made(captured.proxy(named.message)))
     # One bundle each: what changes with the services must not have the others sent again.
     return tuple(cache.bundle(xds.LISTENERS, [one]) for one in (outbound, proxy, ready(cache), *looked_into))
+
+
+def _chains(
+    cache: Cache, service: str, port: Served, split: Mapping[str, int], traced: str | None
+) -> tuple[Made[Listener], Made[Listener]]:
+    """What carries requests, and bytes, to a port of a service."""
+    table, grpc = f"outbound/{service}{port.suffix}", port.spoken in ("grpc", "any")
+    return (
+        cache.made("listener_outbound", Listener, routes=table, grpc=grpc, traced=traced),
+        cache.made("captured_tcp", Listener, service=service, port=port.suffix, split=split),
+    )
 
 
 def _detecting(
@@ -57,27 +69,31 @@ def _detecting(
 
 
 def own(cache: Cache, of: ServiceParts, port: int) -> xds.Bundle:
-    """Those that are its service's own, in a pod whose app serves `port`."""
-    service, mutual_tls, plain = of.service, of.listeners.inbound, of.listeners.plain
-    ports = service.found.aside if service.found else ()
-    frame = cache.made("captured_inbound", Listener, port=names.INBOUND_PORT, aside=ports)
-    # By HTTP, or by bytes where that is what it is: callers say which by ALPN.
-    in_plain = plain if service.spoken != "tcp" and (service.spoken != "any" or open_paths(service)) else None
-    aside = {number: cache.made("captured_aside", Listener, port=number) for number in ports}
+    """Those that are its service's own, in a pod whose app serves `port` as the first one."""
+    past = of.service.found.aside if of.service.found else ()
+    frame = cache.made("captured_inbound", Listener, port=names.INBOUND_PORT, aside=past)
+    doors = {(door.port.number if door.port.suffix else port): door for door in of.doors}
+    parts = [(number, door.mutual_tls, door.bytes, door.plain) for number, door in doors.items()]
+    aside = {number: cache.made("captured_aside", Listener, port=number) for number in past}
     inbound = cache.once(
-        ("captured inbound", frame, mutual_tls, of.bytes, in_plain, port, *aside.items()),
+        ("captured inbound", frame, *parts, *aside.items()),
         lambda: Made(
             captured.inbound(
                 frame.message,
-                mutual_tls=mutual_tls.message,
-                other=of.bytes and of.bytes.message,
-                plain=in_plain and in_plain.message,
-                port=port,
+                doors={number: _door(door) for number, door in doors.items()},
                 aside={number: listener.message for number, listener in aside.items()},
             )
         ),
     )
-    return cache.bundle(xds.LISTENERS, [inbound, anywhere(cache, plain, names.PLAIN_PORT)])
+    return cache.bundle(xds.LISTENERS, [inbound, anywhere(cache, of.listeners.plain, names.PLAIN_PORT)])
+
+
+def _door(door: Door) -> captured.Door:
+    return captured.Door(
+        mutual_tls=door.mutual_tls.message,
+        other=door.bytes and door.bytes.message,
+        plain=door.plain and door.plain.message,
+    )
 
 
 def anywhere(cache: Cache, listener: Made[Listener], port: int) -> Made[Listener]:

@@ -49,7 +49,7 @@ class Renderer:
         shared = Shared(
             runtime=cache.bundle(xds.RUNTIME, [cache.made("runtime", Runtime, tap=tap)]),
             clusters=outbound.clusters(cache, mesh, versions, traffic, traces),
-            endpoints=outbound.endpoints(cache, versions),
+            endpoints=outbound.endpoints(cache, mesh, versions),
             routes=outbound.routes(cache, mesh, splits, traffic),
             listeners=redirected.shared(cache, mesh, splits, traces) if mesh.addresses else (),
         )
@@ -102,11 +102,16 @@ class Renderer:
     def _own_endpoints(self, shared: Shared, of: ServiceParts, instance: Instance) -> xds.Bundle:
         """The endpoints of the app beside the sidecar."""
         cache = self._cache
-        aside = of.service.found.aside if shared.listeners and of.service.found else ()
+        found = of.service.found if shared.listeners else None
+        aside = found.aside if found else ()
         return cache.bundle(
             xds.ENDPOINTS,
             [
                 cache.endpoints("app", ((instance.app_host, instance.app_port),)),
+                *(
+                    cache.endpoints(f"app:{one.port}", ((instance.app_host, one.port),))
+                    for one in (found.ports if found else ())
+                ),
                 *(cache.endpoints(f"aside:{port}", ((instance.app_host, port),)) for port in aside),
             ],
         )

@@ -1,11 +1,11 @@
-"""The route table of an instance: its service's declared routes, cut up where faults meet a part. Pure."""
+"""The route tables of an instance: its service's declared routes, cut up where faults meet a part. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from meshdemo.apps.model import OTHER, Route, Service
+from meshdemo.apps.model import OTHER, FurtherPort, Route, Service, Spoken
 from meshdemo.control.model import Fault
 
 
@@ -70,16 +70,48 @@ def declared_routes(service: Service) -> list[Route]:
     return [*ordered, Route(name=OTHER, prefix="/")]
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A port of a service, as its sidecars and its callers have it."""
+
+    number: int  # the instances'
+    suffix: str  # what its clusters and route tables are called besides the service; '' for the first port
+    spoken: Spoken
+    routes: tuple[Route, ...]
+    of: Service | FurtherPort
+
+    @property
+    def within(self) -> str:
+        """What the listeners, route tables and clusters of its own instances are called besides."""
+        return self.suffix.replace("/", ":")
+
+
+def served(service: Service) -> tuple[Served, ...]:
+    """The ports of a service, the first one first. All that comes by another is one route, called like it."""
+    return (
+        Served(service.port, "", service.spoken, tuple(declared_routes(service)), service),
+        *(
+            Served(one.port, f"/{one.port}", one.spoken, (further_route(one),), one)
+            for one in service.further
+        ),
+    )
+
+
+def further_route(port: FurtherPort) -> Route:
+    """All that comes by a further port."""
+    return Route(name=f"port-{port.called}", prefix="/")
+
+
 def inbound_routes(
-    service: Service, faults: Sequence[Fault], identity: Callable[[str], str]
+    routes: Iterable[Route], faults: Sequence[Fault], identity: Callable[[str], str]
 ) -> list[InboundRoute]:
-    """The route table of an instance that these faults apply to.
+    """The route table of an instance that these faults apply to, from its declared routes.
 
     A fault on a path prefix or a caller splits the routes that it meets; each part keeps its route's name, so
     that signals by route stay whole.
     """
     table: list[InboundRoute] = []
-    for route in declared_routes(service):
+    for route in routes:
         for kind, path in _parts(route, faults):
             meeting = [fault for fault in faults if path.startswith(fault.route or "/")]
             anyone = [fault for fault in meeting if fault.caller is None]

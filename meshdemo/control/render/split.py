@@ -71,11 +71,17 @@ def serving(
     return splits, known
 
 
-def shares(backends: Iterable[tuple[str, int]], splits: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    """Cluster -> weight: each backend's share, divided as its own traffic is split."""
+def shares(
+    backends: Iterable[tuple[str, str, int]], splits: Mapping[str, Mapping[str, int]]
+) -> dict[str, int]:
+    """Cluster -> weight: each backend's share, divided as its service's traffic is split.
+
+    Args:
+        backends: service, what the clusters of the port are called besides, and weight.
+    """
     parts = {
-        f"{service}/{version}": weight * part / sum(splits[service].values())
-        for service, weight in backends
+        f"{service}/{version}{port}": weight * part / sum(splits[service].values())
+        for service, port, weight in backends
         for version, part in splits[service].items()
         if part
     }

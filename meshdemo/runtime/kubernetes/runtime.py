@@ -345,7 +345,11 @@ class KubernetesRuntime:
         mesh = self._mesh()
         found = next((one for one in mesh.instances if one.id == instance), None)
         service = mesh.app.services[found.service] if found else None
-        if service is None or service.protocol != "http" or (service.found and not service.open_paths):
+        if (
+            service is None
+            or service.protocol != "http"
+            or (service.found and service.healthz not in service.open_paths)
+        ):
             return apply.is_ready(pod)
         name, namespace = self.where(instance)
         tunnel = Forward(self.cluster, namespace, lambda: name, PLAIN_PORT)

@@ -6,15 +6,25 @@ from functools import lru_cache
 from typing import Any
 
 from meshdemo.errors import BadInput
-from meshdemo.names import MESH, PREFIX, PROTOCOL, PROTOCOLS, RECORD, SERVICE, TOLD_PROTOCOL, VERSION
+from meshdemo.names import (
+    MESH,
+    PROTOCOL,
+    PROTOCOLS,
+    RECORD,
+    SERVICE,
+    SKIP_INBOUND,
+    SKIP_OUTBOUND,
+    TOLD_PROTOCOL,
+    TOLD_SKIPPED,
+    VERSION,
+    numbers,
+    protocols,
+)
 from meshdemo.runtime.kubernetes import images
 from meshdemo.runtime.kubernetes.inject import Additions, PodTemplate
 from meshdemo.runtime.kubernetes.pieces import sidecar
 from meshdemo.runtime.local.paths import home
 
-# Annotations of the user, on the workload or on its pod template.
-SKIP_INBOUND = PREFIX + "skip-inbound-ports"  # "9090,9100": traffic to these ports passes by the sidecar
-SKIP_OUTBOUND = PREFIX + "skip-outbound-ports"
 # Where a pod template says which service it is part of, in this order; else it is named like its workload.
 _SERVICE_LABELS = ("app.kubernetes.io/name", "app", "k8s-app")
 _VERSION_LABELS = ("app.kubernetes.io/version", "version")
@@ -70,7 +80,7 @@ def ours(mesh: str, image: str) -> Additions:
         init_containers=parts["init_containers"],
         volumes=parts["volumes"],
         labels={MESH: mesh, SERVICE: "", VERSION: ""},
-        annotations={TOLD_PROTOCOL: ""},
+        annotations={TOLD_PROTOCOL: "", TOLD_SKIPPED: ""},
     )
 
 
@@ -83,25 +93,28 @@ def _parts(
 
 
 def _told(pod: PodTemplate) -> dict[str, str]:
-    """The protocol that the owner says, for the pods: an annotation of a workload is not one of its pods."""
-    protocol = pod.annotations.get(PROTOCOL)
-    if protocol is None:
-        return {}
-    if protocol.lower() not in PROTOCOLS:
-        raise BadInput(
-            f"{pod.kind} {pod.name}: annotation {PROTOCOL}: '{protocol}' is no protocol",
-            f"one of {', '.join(PROTOCOLS)}",
-        )
-    return {TOLD_PROTOCOL: protocol.lower()}
+    """What the owner says and the control plane must know, for the pods: an annotation of a workload is not
+    one of its pods."""
+    told = {}
+    if (protocol := pod.annotations.get(PROTOCOL)) is not None:
+        try:
+            meant = protocols(protocol)
+        except ValueError as error:
+            raise BadInput(
+                f"{pod.kind} {pod.name}: annotation {PROTOCOL}: '{error}' is no protocol",
+                f"one of {', '.join(PROTOCOLS)}; PORT=PROTOCOL for any port but the first of its Service",
+            ) from None
+        told[TOLD_PROTOCOL] = ",".join(f"{port}={one}" if port else one for port, one in meant.items())
+    if skipped := _ports(pod, SKIP_INBOUND):
+        told[TOLD_SKIPPED] = ",".join(map(str, skipped))
+    return told
 
 
 def _ports(pod: PodTemplate, annotation: str) -> tuple[int, ...]:
-    ports = []
-    for word in pod.annotations.get(annotation, "").replace(",", " ").split():
-        if not (word.isascii() and word.isdigit() and 1 <= int(word) <= 65535):
-            raise BadInput(
-                f"{pod.kind} {pod.name}: annotation {annotation}: '{word}' is no port",
-                "give ports from 1 to 65535, separated by commas",
-            )
-        ports.append(int(word))
-    return tuple(ports)
+    try:
+        return numbers(pod.annotations.get(annotation, ""))
+    except ValueError as error:
+        raise BadInput(
+            f"{pod.kind} {pod.name}: annotation {annotation}: '{error}' is no port",
+            "give ports from 1 to 65535, separated by commas",
+        ) from None
