@@ -18,6 +18,7 @@ from typing import Any
 import kmock
 import pytest
 from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
+from envoy.config.listener.v3.listener_pb2 import Listener
 from kube_mock import FOREVER, ApiServer, Refusal, Stored
 from xds_harness import resources
 
@@ -575,6 +576,24 @@ def test_probes_and_other_ports_of_a_pod_go_on_as_they_were() -> None:
         "m", "n", PAIR, [injected("y-1", "y", livenessProbe={"tcpSocket": {"port": 7}})], [], []
     )
     assert alone.app.services["account-default"].found == Found(aside=(7,))
+
+
+def test_what_the_kubelet_asks_is_answered_whatever_the_port_speaks() -> None:
+    """Also the hooks of a container's life cycle, and of a port that is said to carry bytes."""
+    pod = injected(
+        "x-1", "x", lifecycle={"postStart": {"httpGet": {"path": "warm", "port": 8080}}, "preStop": {"exec": {}}},
+        startupProbe={"httpGet": {"port": 8080}},
+    )  # fmt: skip
+    slices, service = (
+        [slice_of("x", 8080, "x-1", port_name="tcp")],
+        k8s_service("x", "10.96.1.1", 80, name="tcp"),
+    )
+    found = mesh_state("m", "n", PAIR, [pod], slices, [service])
+    assert found.app.services["x"].spoken == "tcp"
+    assert found.app.services["x"].open_paths == {"/": ["GET"], "/warm": ["GET"]}
+    assert found.app.services["x"].healthz == "/"
+    inbound = resources(Renderer().snapshots(found, Intent())["x-1"], xds.LISTENERS, Listener)["inbound"]
+    assert [chain.name for chain in inbound.filter_chains] == ["8080/tls", "8080/raw_buffer"]
 
 
 def test_all_ways_to_the_same_port_are_the_same_service() -> None:

@@ -258,7 +258,9 @@ def mesh() -> Iterator[tuple[Redirected, telemetry.Store]]:
 
     others = (
         FurtherPort(called=METHODS[0], port=METHODS[1], protocol="grpc", grpc_probe=True),
-        FurtherPort(called=METRICS[0], port=METRICS[1], open_paths={"/metrics": ["GET"]}),
+        FurtherPort(
+            called=METRICS[0], port=METRICS[1], open_paths={"/metrics": ["GET"], "/ready?x=1": ["GET"]}
+        ),
         FurtherPort(called=MAIL[0], port=MAIL[1], protocol="tcp"),
     )
     web = service(port=APP_PORT, found=Found(detect=True, ports=others, aside=(ASIDE,)))
@@ -417,7 +419,9 @@ def test_every_port_of_a_service_is_in_the_mesh(mesh: tuple[Redirected, telemetr
 
     # Who has no certificate hears what is asked so by Prometheus, and nothing else.
     assert get(caller, METRICS[1], "/metrics", called.address) == (200, b"ok")
-    assert get(caller, METRICS[1], "/anything", called.address)[0] == 403
+    assert get(caller, METRICS[1], "/ready?x=1", called.address) == (200, b"ok")
+    for path in ("/anything", "/ready", "/ready?x=2", "/metrics/../anything"):
+        assert get(caller, METRICS[1], path, called.address)[0] == 403, path
     with caller.connect(called.address, MAIL[1]) as refused, contextlib.suppress(ConnectionResetError):
         refused.sendall(b"HELO")
         assert refused.recv(100) == b""

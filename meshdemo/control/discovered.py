@@ -50,6 +50,7 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _NOBODYS_PORT = 1  # of a pod that nobody calls
 _OURS = "meshdemo-"  # what the names of the containers begin with that `inject` adds
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
+_HOOKS = ("postStart", "preStop")
 INJECTED = "injected"  # stands for the image of a workload that is not ours to start
 _NOT_HTTP = frozenset(("tcp", "https", "tls"))
 # What is no HTTP, where nobody says otherwise, so that nobody waits: SMTP, MySQL, Galera, PostgreSQL, Redis,
@@ -386,25 +387,31 @@ def _protocol(
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """How the kubelet asks a container. `path`: of an HTTP probe without TLS."""
+    """How the kubelet asks a container. `path`: of HTTP. `hook`: not how it is, but to do something."""
 
     kind: str  # httpGet, tcpSocket, grpc
     port: int
     path: str
     tls: bool
+    hook: bool
 
 
 def _probes(pods: Iterable[Manifest]) -> Iterator[_Probe]:
-    """The probes of these pods' containers that come by the network."""
+    """What the kubelet asks these pods' containers by the network: probes, and hooks of their life cycle."""
     for container in (one for pod in pods for one in _containers(pod)):
         numbers = {one.get("name"): one.get("containerPort") for one in container.get("ports") or ()}
-        for probe in (container.get(kind) or {} for kind in _PROBES):
+        hooks = container.get("lifecycle") or {}
+        asked = [(container.get(kind), False) for kind in _PROBES] + [
+            (hooks.get(kind), True) for kind in _HOOKS
+        ]
+        for probe, hook in asked:
             for kind in ("httpGet", "tcpSocket", "grpc"):
-                if (how := probe.get(kind)) is not None:
+                if (how := (probe or {}).get(kind)) is not None:
                     port = numbers.get(how.get("port"), how.get("port"))
                     if isinstance(port, int):
                         tls = how.get("scheme", "HTTP") != "HTTP"
-                        yield _Probe(kind, port, str(how.get("path") or "/"), tls)
+                        path = "/" + str(how.get("path") or "").removeprefix("/")
+                        yield _Probe(kind, port, path, tls, hook)
 
 
 def _port(way: _Way, pods: Sequence[Manifest], *, first: bool) -> FurtherPort:
@@ -454,7 +461,9 @@ def _service(
         first.port,
         *(one.port for one in further),
     }
-    probed = sorted(one.path for one in probes if one.kind == "httpGet" and one.port == first.port)
+    probed = sorted(
+        one.path for one in probes if one.kind == "httpGet" and one.port == first.port and not one.hook
+    )
     return Service(
         port=first.port,
         protocol=first.protocol,
