@@ -77,4 +77,4 @@ def _show(state: dict[str, Any], console: Console) -> None:
         if url:
             console.print(f"{name}: {url}")
     for name, why in state["unavailable"].items():
-        console.print(f"{name}: {why}", markup=False)
+        console.print(f"{name}: {why}", markup=False, soft_wrap=True)
