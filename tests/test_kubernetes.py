@@ -605,8 +605,8 @@ def test_all_ways_to_the_same_port_are_the_same_service() -> None:
     found = mesh_state("m", "n", PAIR, [injected("web-1", "web")], slices, [web, more])
     assert set(found.app.services) - set(PAIR.services) == {"web"}
     assert found.places("web") == [
-        ("web", "10.96.1.1", 80, 8080),
-        ("web@10.96.1.1:81", "10.96.1.1", 81, 8080), ("web@10.96.1.2:8000", "10.96.1.2", 8000, 8080),
+        ("web", "10.96.1.1", 80, ""),
+        ("web@10.96.1.1:81", "10.96.1.1", 81, ""), ("web@10.96.1.2:8000", "10.96.1.2", 8000, ""),
     ]  # fmt: skip
     outbound = Renderer().snapshots(found, Intent())["web-1"]
     assert outbound
@@ -646,11 +646,11 @@ def test_every_port_of_a_service_is_in_the_mesh() -> None:
     assert service.found is not None
     assert service.found.aside == ()
     assert [(address, port, target) for _, address, port, target in found.places("x")] == [
-        ("10.96.1.1", 80, 10080), ("10.96.1.1", 9000, 19000), ("10.96.1.1", 9001, 19001),
-        ("10.96.1.1", 9002, 19002), ("10.96.1.2", 9003, 19003), ("10.96.1.2", 9000, 19000),
+        ("10.96.1.1", 80, ""), ("10.96.1.1", 9000, "19000"), ("10.96.1.1", 9001, "19001"),
+        ("10.96.1.1", 9002, "19002"), ("10.96.1.2", 9003, "19003"), ("10.96.1.2", 9000, "19000"),
     ]  # fmt: skip
     (instance,) = found.instances
-    assert instance.further == (19000, 19001, 19002, 19003)
+    assert instance.further == ("19000", "19001", "19002", "19003")
     assert not service.without_requests
 
 
@@ -674,6 +674,43 @@ def test_callers_know_of_the_instances_that_have_a_port() -> None:
     assert [one.port_value for one in endpoints["app:19000"]] == [19000]
 
 
+def test_a_service_of_some_of_the_pods_leads_to_them_alone() -> None:
+    """Such as `db-rw` to the one that takes writes, whatever is alphabetical, and however the versions are split."""
+    pods = [injected(f"db-{n}", "db", version=f"v{n}") for n in (1, 2, 3)]
+    for n, pod in enumerate(pods, 1):
+        pod["status"]["podIP"] = f"10.0.0.{n}"
+        pod["metadata"]["labels"]["role"] = "primary" if n == 2 else "replica"
+    services = [
+        k8s_service("a-rw", "10.96.1.1", 5432, selector={SERVICE: "db", "role": "primary"}),
+        k8s_service("db", "10.96.1.2", 5432), k8s_service("also-db", "10.96.1.3", 5432, selector={SERVICE: "db"}),
+    ]  # fmt: skip
+    # The EndpointSlice of a Service of all of them does not know the third yet.
+    slices = [
+        slice_of("a-rw", 5432, "db-2"), slice_of("db", 5432, "db-1", "db-2"),
+        slice_of("also-db", 5432, "db-1", "db-2", "db-3"),
+    ]  # fmt: skip
+    found = mesh_state("m", "n", PAIR, pods, slices, services)
+    assert {one.service for one in found.instances} == {"also-db"}
+    assert {place[1:] for place in found.places("also-db")} == {
+        ("10.96.1.3", 5432, ""), ("10.96.1.2", 5432, ""), ("10.96.1.1", 5432, "5432/a-rw"),
+    }  # fmt: skip
+    snapshot = Renderer().snapshots(found, Intent())["db-1"]
+    endpoints = resources(snapshot, xds.ENDPOINTS, ClusterLoadAssignment)
+    hosts = {
+        name: [one.endpoint.address.socket_address.address for one in of.endpoints[0].lb_endpoints]
+        for name, of in endpoints.items()
+    }
+    assert (hosts["also-db/v2/5432/a-rw"], hosts["also-db/v1/5432/a-rw"]) == (["10.0.0.2"], [])
+    outbound = resources(snapshot, xds.LISTENERS, Listener)["outbound"]
+    chain = next(one for one in outbound.filter_chains if one.name.endswith("10.96.1.1:5432"))
+    assert b"also-db/v2/5432/a-rw" in chain.SerializeToString()
+    assert b"also-db/v1/5432/a-rw" not in chain.SerializeToString()
+    # At the pods it is the one port that they have.
+    inbound = resources(snapshot, xds.LISTENERS, Listener)["inbound"]
+    assert [one.name for one in inbound.filter_chains] == ["5432/tls"]
+    assert {name for name in endpoints if name.startswith("app")} == {"app"}
+
+
 def test_ports_that_stay_past_the_mesh() -> None:
     """What their owner had skipped, what the kubelet asks by TLS, and where members of a StatefulSet meet."""
     pod = injected("x-1", "x", livenessProbe={"httpGet": {"path": "/", "port": 19001, "scheme": "HTTPS"}})
@@ -684,11 +721,11 @@ def test_ports_that_stay_past_the_mesh() -> None:
     service = found.app.services["x"]
     assert (service.port, service.further) == (19002, ())
     assert service.found == Found(aside=(10080, 19001, 19003))
-    assert found.places("x") == [("x", "10.96.1.1", 9002, 19002)]
+    assert found.places("x") == [("x", "10.96.1.1", 9002, "")]
     # Without any that is left, it has its name nevertheless, and nobody is led there by the mesh.
     pod["metadata"]["annotations"]["meshdemo.dev/skip-inbound-ports"] = "10080 19002"
     found = mesh_state("m", "n", PAIR, [pod], [its], [x])
-    assert found.places("x") == [("x", "10.96.1.1", 9003, 19003)]
+    assert found.places("x") == [("x", "10.96.1.1", 9003, "")]
     pod["metadata"]["annotations"]["meshdemo.dev/skip-inbound-ports"] = "10080 19002 19003"
     found = mesh_state("m", "n", PAIR, [pod], [its], [x])
     assert [one.service for one in found.instances] == ["x"]

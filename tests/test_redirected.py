@@ -226,7 +226,7 @@ class Redirected(Mesh):
         state = super().mesh_state()
         here = {
             "addresses": {"web.shop": ADDRESS}, "ports": {"web.shop": PORT}, "namespace": "m",
-            "also": [("web.shop", ADDRESS, *ports) for ports in (METHODS, METRICS, MAIL)],
+            "also": [("web.shop", ADDRESS, called, str(its)) for called, its in (METHODS, METRICS, MAIL)],
         }  # fmt: skip
         return state.model_copy(update=here)
 
@@ -288,7 +288,7 @@ def mesh() -> Iterator[tuple[Redirected, telemetry.Store]]:
         found.join(pods[0], "caller-1.shop", "account-default.shop", 1)
         its = found.join(pods[1], "web-1.shop", "web.shop", APP_PORT)
         its.instance = its.instance.model_copy(
-            update={"further": tuple(port for _, port in (METHODS, METRICS, MAIL))}
+            update={"further": tuple(str(port) for _, port in (METHODS, METRICS, MAIL))}
         )
         served = Anything(pods[1])
         try:

@@ -100,6 +100,14 @@ class FurtherPort(_Strict):
     detect: bool = Field(default=False, description="as `Found.detect`")
     grpc_probe: bool = Field(default=False, description="as `Found.grpc_probe`")
     open_paths: dict[str, list[Literal["GET"]]] = Field(default_factory=dict)
+    part: str = Field(
+        default="", description="the way to it of this Service, which leads to some of the instances alone"
+    )
+
+    @property
+    def key(self) -> str:
+        """What tells it from the service's others."""
+        return f"{self.port}/{self.part}" if self.part else str(self.port)
 
     @property
     def spoken(self) -> Spoken:

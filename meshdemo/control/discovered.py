@@ -15,8 +15,9 @@ The protocol of a port is what the pods' annotation says, else its `appProtocol`
 name, else HTTP or gRPC if the kubelet probes it so, else what is usual on that port. Where nothing says it,
 each connection is looked at, for which a protocol whose server speaks first has to wait: the last resort.
 
-Every TCP port of a Service is in the mesh, all of them as that one service. Others that lead to its pods as
-well add their ports to it. What stays as it was before:
+Every TCP port of a Service is in the mesh, all of them as that one service. Of several Services that lead to
+a pod it bears the name of the widest; the others are further ways to it, by other ports, or to some of its
+pods alone. What stays as it was before:
 - ports that no Service leads to, and those that the pods' owner had skipped;
 - those of a headless Service, whose callers speak to single pods, which the mesh does not tell apart: the
   members of a StatefulSet find each other so, and not all of them have a sidecar while it is rolled out. (The
@@ -69,9 +70,9 @@ class Discovered:
     app: App
     service_of: Mapping[str, str] = field(default_factory=dict)  # instance -> service
     ports: Mapping[str, int] = field(default_factory=dict)  # service -> the port that callers use
-    # Other ways than that: service, address, port, and the port of its pods.
-    also: tuple[tuple[str, str, int, int], ...] = ()
-    further: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # instance -> further ports it has
+    # Other ways than that: service, address, port, and the key of the further port (none: the first).
+    also: tuple[tuple[str, str, int, str], ...] = ()
+    further: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # instance -> those it has
 
 
 def namespace_of(manifest: Manifest, home: str) -> str:
@@ -176,6 +177,7 @@ class _Owner:
     first: _Way | None
     further: dict[int, _Way]
     past: frozenset[int]
+    parts: dict[str, _Way] = field(default_factory=dict)  # ways to some of the members, by their Service
 
     def has(self, target: int) -> bool:
         """Is a port of the pods in the mesh?"""
@@ -193,8 +195,8 @@ class _Place:
         self.found: dict[str, Service] = {}
         self.service_of: dict[str, str] = {}
         self.ports: dict[str, int] = {}
-        self.also: list[tuple[str, str, int, int]] = []
-        self.further: dict[str, tuple[int, ...]] = {}
+        self.also: list[tuple[str, str, int, str]] = []
+        self.further: dict[str, tuple[str, ...]] = {}
 
     def discover(self, taken: set[str]) -> None:
         """Find the services. `taken`: names within this namespace that are the mesh's own."""
@@ -202,7 +204,7 @@ class _Place:
         waiting: set[str] = set()
         owners: dict[str, _Owner] = {}
         ways = {str(one["metadata"]["name"]): _ways(one, self.slices) for one in self.services}
-        for one in sorted(self.services, key=lambda one: str(one["metadata"]["name"])):
+        for one in sorted(self.services, key=_width):
             name = str(one["metadata"]["name"])
             if name in taken or not _NAME.fullmatch(name) or not _address(one) or not _tcp(one):
                 continue
@@ -266,22 +268,44 @@ class _Place:
                 chosen = all(_selects(one, self.pods[pod]) for pod in way.pods if pod in self.pods)
                 if not owner.has(way.target) and chosen and owner.first and way.target not in owner.past:
                     owner.further[way.target] = way
-                if owner.has(way.target):
-                    (called,) = of
-                    self.also.append((self._called(called), address, way.called, way.target))
+                if not owner.has(way.target):
+                    continue
+                key = str(way.target) if way.target in owner.further else ""
+                if not self._leads_to_all(one, way, owner):
+                    key = f"{way.target}/{name}"
+                    owner.parts[name] = way
+                (called,) = of
+                self.also.append((self._called(called), address, way.called, key))
+
+    def _leads_to_all(self, service: Manifest, way: _Way, owner: _Owner) -> bool:
+        """Does a Service lead to all members that have the port?
+
+        As its selector says, where it has one: EndpointSlices do not all know of a new pod at the same time.
+        """
+        further = owner.further.get(way.target)
+        return all(
+            pod in way.pods or _selects(service, self.pods[pod])
+            for pod in owner.members
+            if further is None or pod in further.pods
+        )
 
     def _add(self, name: str, owner: _Owner, besides: Collection[int]) -> None:
         pods = [self.pods[pod] for pod in owner.members]
+        first = _port(owner.first, pods, first=True) if owner.first else None
         further = [_port(way, pods, first=False) for way in owner.further.values()]
-        self.found[self._called(name)] = _service(
-            _port(owner.first, pods, first=True) if owner.first else None, further, pods, besides
-        )
+        whole = {one.port: one for one in (first, *further) if one}
+        further += [whole[way.target].model_copy(update={"part": of}) for of, way in owner.parts.items()]
+        self.found[self._called(name)] = _service(first, further, pods, besides)
         if owner.first is not None:
             self.ports[self._called(name)] = owner.first.called
         for pod in owner.members:
-            its = tuple(target for target, way in owner.further.items() if pod in way.pods)
+            ways = (
+                *((way, "") for way in owner.further.values()),
+                *((way, of) for of, way in owner.parts.items()),
+            )
+            its = [f"{way.target}/{of}".rstrip("/") for way, of in ways if pod in way.pods]
             if its:
-                self.further[self._called(pod)] = its
+                self.further[self._called(pod)] = tuple(its)
 
     def _called(self, name: str) -> str:
         return qualified(name, self.namespace, self._home)
@@ -298,6 +322,11 @@ def _selects(service: Manifest, pod: Manifest) -> bool:
     others may write, say."""
     selector = service["spec"].get("selector") or {}
     return bool(selector) and selector.items() <= pod["metadata"].get("labels", {}).items()
+
+
+def _width(service: Manifest) -> tuple[int, str]:
+    """Whoever asks less of a pod's labels leads to more of them (`db` before `db-primary`), now and later."""
+    return len(service["spec"].get("selector") or ()), str(service["metadata"]["name"])
 
 
 def _headless(service: Manifest) -> bool:

@@ -121,7 +121,7 @@ class _Known:
         protocol, found, by_port = service.protocol, name, ""
         if port is not None and ports:
             first = self.ports.get(name) if service.found else ports[0]["port"]
-            further = {one.called: one for one in service.further}
+            further = {one.called: one for one in service.further if not one.part}
             number = next((one["port"] for one in ports if port in (one["port"], one.get("name"))), None)
             if number != first:
                 other = further.get(number or 0)

@@ -29,9 +29,7 @@ class Instance(_Value):
     service: str
     version: str
     revision: int = Field(default=1, description="revision of the workload that it runs")
-    further: tuple[int, ...] = Field(
-        default=(), description="of its service's further ports those that it has"
-    )
+    further: tuple[str, ...] = Field(default=(), description="keys of its service's further ports it has")
     host: str = "127.0.0.1"
     inbound_port: int = Field(description="where the sidecar accepts mutual TLS for this instance")
     outbound_port: int = Field(description="where the sidecar accepts what this instance calls")
@@ -83,20 +81,19 @@ class MeshState(_Value):
         default_factory=dict, description="service -> port of its name, where that is not its instances' own"
     )
 
-    also: tuple[tuple[str, str, int, int], ...] = Field(
+    also: tuple[tuple[str, str, int, str], ...] = Field(
         default=(),
-        description="service, address, port, and the port of its instances: other ways to them than by its "
-        "own name and first port",
+        description="service, address, port, and the key of the further port (none: the first): other ways "
+        "to its instances than by its own name and first port",
     )
 
-    def places(self, service: str) -> list[tuple[str, str, int, int]]:
-        """Where a service is called: what the place is called, its address, its port and its instances'."""
-        first = self.app.services[service].port
-        port = self.ports.get(service, first)
-        found = [(service, self.addresses[service], port, first)] if service in self.addresses else []
+    def places(self, service: str) -> list[tuple[str, str, int, str]]:
+        """Where a service is called: what the place is called, its address and port, and the further port."""
+        port = self.ports.get(service, self.app.services[service].port)
+        found = [(service, self.addresses[service], port, "")] if service in self.addresses else []
         return found + [
-            (f"{service}@{address}:{port}", address, port, target)
-            for name, address, port, target in self.also
+            (f"{service}@{address}:{port}", address, port, key)
+            for name, address, port, key in self.also
             if name == service
         ]
 

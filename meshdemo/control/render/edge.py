@@ -17,7 +17,7 @@ from meshdemo.control.render.cache import Cache
 from meshdemo.control.render.inbound import placed
 from meshdemo.control.render.outbound import Shared, routing
 from meshdemo.control.render.routes import Served, served
-from meshdemo.control.render.split import shares
+from meshdemo.control.render.split import Versions, by_port, shares
 
 
 def snapshot(
@@ -61,7 +61,11 @@ def snapshot(
 
 
 def routes(
-    cache: Cache, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traffic: Mapping[str, Traffic]
+    cache: Cache,
+    mesh: MeshState,
+    versions: Versions,
+    splits: Mapping[str, Mapping[str, int]],
+    traffic: Mapping[str, Traffic],
 ) -> xds.Bundle:
     """What it does with requests from outside."""
     ports = backends(mesh.app)
@@ -70,7 +74,7 @@ def routes(
         {
             "name": host.name,
             "unknown": host.unknown,
-            "routes": [_route(route, ports, splits, traffic) for route in host.routes],
+            "routes": [_route(route, ports, versions, splits, traffic) for route in host.routes],
         }
         for host in gateway.hosts(mesh, declared)
     ]
@@ -80,32 +84,34 @@ def routes(
 def backends(app: App) -> dict[str, Served]:
     """All that requests can be led to, as an Entry names it."""
     return {
-        name if not port.suffix else f"{name}:{port.number}": port
+        f"{name}:{port.key}" if port.key else name: port
         for name, service in app.services.items()
         for port in served(service)
-        if port.spoken != "tcp"
+        if port.spoken != "tcp" and not port.part
     }
 
 
 def _route(
     route: gateway.GatewayRoute,
     ports: Mapping[str, Served],
+    versions: Versions,
     splits: Mapping[str, Mapping[str, int]],
     traffic: Mapping[str, Traffic],
 ) -> dict[str, Any]:
     """A route with what callers of its (first) service go by."""
     first = route.backends[0][0] if route.backends else None
     service = gateway.service_of(first) if first else None
-    weights = [
-        (gateway.service_of(backend), ports[backend].suffix, weight) for backend, weight in route.backends
-    ]
+    weights = []
+    for backend, weight in route.backends:
+        of, port = gateway.service_of(backend), ports[backend]
+        weights.append((of, port.suffix, by_port(splits[of], versions[of], port), weight))
     return {
         "name": route.name,
         "kind": route.kind,
         "path": route.path,
         "method": route.method,
         "headers": route.headers,
-        "clusters": shares(weights, splits),
+        "clusters": shares(weights),
         "service": service,
         "port": ports[first].suffix if first else "",
         "protocol": ports[first].spoken if first else "http",

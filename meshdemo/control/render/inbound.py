@@ -123,7 +123,7 @@ def service_parts(
                 plain=plain(port) if speaks else None,
             )
 
-        ports = served(service)
+        ports = [port for port in served(service) if not port.part]
         return ServiceParts(
             service=service,
             rules=rules,

@@ -16,7 +16,7 @@ from meshdemo.control.identity import spiffe_id
 from meshdemo.control.model import MeshState, Traffic
 from meshdemo.control.render.cache import Cache, Is, Made
 from meshdemo.control.render.routes import Served, served
-from meshdemo.control.render.split import Versions
+from meshdemo.control.render.split import Versions, by_port
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +71,29 @@ def endpoints(cache: Cache, mesh: MeshState, versions: Versions) -> xds.Bundle:
     """The instances that each version's callers know of, and those of them that have a further port."""
     found = []
     for name, of in versions.items():
-        further = mesh.app.services[name].further
+        further = [port.key for port in served(mesh.app.services[name]) if port.key]
         for version, serving in of.items():
             where = tuple((i.host, i.inbound_port) for i in serving)
             found.append(cache.endpoints(f"{name}/{version}", where))
-            for port in further:
-                where = tuple((i.host, port.port) for i in serving if port.port in i.further)
-                found.append(cache.endpoints(f"{name}/{version}/{port.port}", where))
+            for key in further:
+                where = tuple((i.host, int(key.partition("/")[0])) for i in serving if key in i.further)
+                found.append(cache.endpoints(f"{name}/{version}/{key}", where))
     return cache.bundle(xds.ENDPOINTS, found)
 
 
 def routes(
-    cache: Cache, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traffic: Mapping[str, Traffic]
+    cache: Cache,
+    mesh: MeshState,
+    versions: Versions,
+    splits: Mapping[str, Mapping[str, int]],
+    traffic: Mapping[str, Traffic],
 ) -> xds.Bundle:
     """A virtual host for each service, with its declared routes."""
     hosts, further = [], []
     for name, service in mesh.app.services.items():
         first, *others = (
-            _host(cache, mesh, name, port, splits[name], traffic[name]) for port in served(service)
+            _host(cache, mesh, name, port, by_port(splits[name], versions[name], port), traffic[name])
+            for port in served(service)
         )
         hosts.append(first)
         further += others

@@ -13,10 +13,15 @@ from meshdemo.control.render.cache import Cache, Made
 from meshdemo.control.render.inbound import Door, ServiceParts
 from meshdemo.control.render.outbound import by_name
 from meshdemo.control.render.routes import Served, served
+from meshdemo.control.render.split import Versions, by_port
 
 
 def shared(
-    cache: Cache, mesh: MeshState, splits: Mapping[str, Mapping[str, int]], traces: str | None
+    cache: Cache,
+    mesh: MeshState,
+    versions: Versions,
+    splits: Mapping[str, Mapping[str, int]],
+    traces: str | None,
 ) -> tuple[xds.Bundle, ...]:
     """Those that are the same in each such pod.
 
@@ -28,10 +33,10 @@ def shared(
     for name, service in mesh.app.services.items():
         if name not in mesh.addresses:
             continue
-        ports = {port.number: port for port in served(service)}
-        for called, address, number, target in mesh.places(name):
-            port = ports[target]
-            http, tcp = _chains(cache, name, port, splits[name], traced)
+        ports = {port.key: port for port in served(service)}
+        for called, address, number, key in mesh.places(name):
+            port = ports[key]
+            http, tcp = _chains(cache, name, port, by_port(splits[name], versions[name], port), traced)
             if port.spoken == "any":
                 looked_into.append(_detecting(cache, called, address, number, http, tcp))
             else:
@@ -72,7 +77,7 @@ def own(cache: Cache, of: ServiceParts, port: int) -> xds.Bundle:
     """Those that are its service's own, in a pod whose app serves `port` as the first one."""
     past = of.service.found.aside if of.service.found else ()
     frame = cache.made("captured_inbound", Listener, port=names.INBOUND_PORT, aside=past)
-    doors = {(door.port.number if door.port.suffix else port): door for door in of.doors}
+    doors = {(door.port.number if door.port.key else port): door for door in of.doors}
     parts = [(number, door.mutual_tls, door.bytes, door.plain) for number, door in doors.items()]
     aside = {number: cache.made("captured_aside", Listener, port=number) for number in past}
     inbound = cache.once(

@@ -50,8 +50,8 @@ class Renderer:
             runtime=cache.bundle(xds.RUNTIME, [cache.made("runtime", Runtime, tap=tap)]),
             clusters=outbound.clusters(cache, mesh, versions, traffic, traces),
             endpoints=outbound.endpoints(cache, mesh, versions),
-            routes=outbound.routes(cache, mesh, splits, traffic),
-            listeners=redirected.shared(cache, mesh, splits, traces) if mesh.addresses else (),
+            routes=outbound.routes(cache, mesh, versions, splits, traffic),
+            listeners=redirected.shared(cache, mesh, versions, splits, traces) if mesh.addresses else (),
         )
         services = self._services(mesh, intent)
         mirrors = {name: outbound.mirrors(rules) for name, rules in traffic.items()}
@@ -60,7 +60,7 @@ class Renderer:
             for one in mesh.instances
         }
         if mesh.gateways:
-            table = edge.routes(cache, mesh, splits, traffic)
+            table = edge.routes(cache, mesh, versions, splits, traffic)
             found |= {one.id: edge.snapshot(cache, mesh, one, shared, table, traces) for one in mesh.gateways}
         return found
 
@@ -111,6 +111,7 @@ class Renderer:
                 *(
                     cache.endpoints(f"app:{one.port}", ((instance.app_host, one.port),))
                     for one in (found.ports if found else ())
+                    if not one.part
                 ),
                 *(cache.endpoints(f"aside:{port}", ((instance.app_host, port),)) for port in aside),
             ],

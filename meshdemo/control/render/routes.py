@@ -75,31 +75,40 @@ class Served:
     """A port of a service, as its sidecars and its callers have it."""
 
     number: int  # the instances'
-    suffix: str  # what its clusters and route tables are called besides the service; '' for the first port
+    key: str  # of a further one
     spoken: Spoken
     routes: tuple[Route, ...]
     of: Service | FurtherPort
 
     @property
+    def suffix(self) -> str:
+        """What its clusters and route tables are called besides the service; '' for the first port."""
+        return f"/{self.key}" if self.key else ""
+
+    @property
     def within(self) -> str:
         """What the listeners, route tables and clusters of its own instances are called besides."""
-        return self.suffix.replace("/", ":")
+        return f":{self.key}" if self.key else ""
+
+    @property
+    def part(self) -> bool:
+        """Whether this is but a way to some of the instances."""
+        return isinstance(self.of, FurtherPort) and bool(self.of.part)
 
 
 def served(service: Service) -> tuple[Served, ...]:
     """The ports of a service, the first one first. All that comes by another is one route, called like it."""
+    declared = tuple(declared_routes(service))
+
+    def routes(port: FurtherPort) -> tuple[Route, ...]:
+        # A way to some of the instances is no route of its own: they do not know of it.
+        return declared if port.port == service.port else (Route(name=f"port-{port.called}", prefix="/"),)
+
+    first = Served(service.port, "", service.spoken, declared, service)
     return (
-        Served(service.port, "", service.spoken, tuple(declared_routes(service)), service),
-        *(
-            Served(one.port, f"/{one.port}", one.spoken, (further_route(one),), one)
-            for one in service.further
-        ),
+        first,
+        *(Served(one.port, one.key, one.spoken, routes(one), one) for one in service.further),
     )
-
-
-def further_route(port: FurtherPort) -> Route:
-    """All that comes by a further port."""
-    return Route(name=f"port-{port.called}", prefix="/")
 
 
 def inbound_routes(

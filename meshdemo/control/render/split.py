@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from meshdemo.apps.model import Service
 from meshdemo.control.model import Instance, Intent, MeshState, Traffic
+from meshdemo.control.render.routes import Served
 
 Versions = Mapping[str, Mapping[str, Sequence[Instance]]]
 """Service -> version -> the instances that its callers know of."""
@@ -71,18 +72,35 @@ def serving(
     return splits, known
 
 
-def shares(
-    backends: Iterable[tuple[str, str, int]], splits: Mapping[str, Mapping[str, int]]
-) -> dict[str, int]:
-    """Cluster -> weight: each backend's share, divided as its service's traffic is split.
+def by_port(
+    split: Mapping[str, int], versions: Mapping[str, Sequence[Instance]], port: Served
+) -> Mapping[str, int]:
+    """The split of a service as it is by one of its ports: among the versions whose instances have it.
+
+    What leads to some of the instances alone has chosen by itself, so there each counts alike.
+    """
+    if not port.key:
+        return split
+    has = {
+        version: number
+        for version, instances in versions.items()
+        if (number := sum(port.key in one.further for one in instances))
+    }
+    if port.part:
+        return has or split
+    return {version: weight for version, weight in split.items() if version in has} or has or split
+
+
+def shares(backends: Iterable[tuple[str, str, Mapping[str, int], int]]) -> dict[str, int]:
+    """Cluster -> weight: each backend's share, divided as its traffic is split.
 
     Args:
-        backends: service, what the clusters of the port are called besides, and weight.
+        backends: service, what the clusters of the port are called besides, the split, and weight.
     """
     parts = {
-        f"{service}/{version}{port}": weight * part / sum(splits[service].values())
-        for service, port, weight in backends
-        for version, part in splits[service].items()
+        f"{service}/{version}{port}": weight * part / sum(split.values())
+        for service, port, split, weight in backends
+        for version, part in split.items()
         if part
     }
     whole = sum(parts.values())
