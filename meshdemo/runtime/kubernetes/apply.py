@@ -178,7 +178,7 @@ def await_rollout(
         now = time.monotonic()
         pods = [pod for one in waiting for pod in newest(_pods_of(one, all_pods))]
         troubles = [*_of_deployments(waiting), *(t for pod in pods for t in pod_troubles(pod))]
-        booting = any(trouble.reason == "Unschedulable" for trouble in troubles) and _booting(cluster)
+        booting = any(trouble.reason == "Unschedulable" for trouble in troubles) and nodes_boot(cluster)
         since = {
             (trouble.about, trouble.family): since.get((trouble.about, trouble.family), now)
             for trouble in troubles
@@ -275,13 +275,13 @@ def _made(pod: Manifest) -> str:
     return str(pod["metadata"].get("creationTimestamp", ""))
 
 
-def _booting(cluster: Cluster) -> bool:
-    """Is there a node that is not ready yet? Then there may soon be room."""
+def nodes_boot(cluster: Cluster, expected: int = 1) -> bool:
+    """Is one of the `expected` nodes not there or not ready yet? Then there may soon be more room."""
     try:
         nodes = cluster.find("Node")
     except ApiError:
         return False
-    return any(
+    return len(nodes) < expected or any(
         condition["type"] == "Ready" and condition["status"] != "True"
         for node in nodes
         for condition in node["status"].get("conditions", [])

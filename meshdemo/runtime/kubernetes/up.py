@@ -7,6 +7,7 @@ goes on from it. What `down` may remove is written down before it is made.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,11 +25,13 @@ from meshdemo.runtime.kubernetes.record import Record
 from meshdemo.runtime.kubernetes.rollout import Rollout
 from meshdemo.runtime.kubernetes.specs import deployment_of
 from meshdemo.runtime.local import spec as specs
+from meshdemo.runtime.steps import pause
 
 if TYPE_CHECKING:
     from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
 
 OLDEST = (1, 30)  # native sidecars and the `sleep` of preStop by default
+_NODES_S = 90.0  # a worker of kind is ready 10 to 20 s after it has joined
 
 
 def steps(runtime: KubernetesRuntime, options: UpOptions) -> Sequence[Step]:
@@ -137,6 +140,8 @@ class _Up:
             ]
             if asked.observes and (known := delivery.observability_at_hand()):
                 welcome = [step("Loading Prometheus and Grafana into the nodes", nodes.load(known), *there)]
+            if self._makes_cluster and asked.workers:
+                there = [*there, step("Waiting for the nodes", self._spread, cluster)]
         elif asked.registry:
             there = [
                 step(f"Pushing {name} to {asked.registry}", delivery.push(name), build)
@@ -202,6 +207,13 @@ class _Up:
                 f"the cluster runs Kubernetes {version[0]}.{version[1]}",
                 f"meshdemo needs {OLDEST[0]}.{OLDEST[1]} or newer (native sidecar containers)",
             )
+
+    def _spread(self, tell: Tell) -> None:
+        """kind waits for its first node alone, and the first worker that is ready would get all pods."""
+        expected = 1 + self._asked.workers
+        until = time.monotonic() + min(_NODES_S, self._asked.left_s() / 2)  # the mesh can do with fewer
+        while apply.nodes_boot(self._runtime.cluster, expected) and time.monotonic() < until:
+            pause(0.5)
 
     def _reach_kind(self, tell: Tell) -> None:
         name = self._asked.name
