@@ -438,6 +438,8 @@ def test_unmeshed_parts_are_untouched_line_by_line() -> None:
          "refused", "Linkerd"),
         ("kind: Pod\nmetadata: {name: a, annotations: {meshdemo.dev/inject: disabled}}\nspec: {containers: [{name: a}]}",
          "skipped", "meshdemo.dev/inject"),
+        ("kind: Pod\nmetadata: {name: a, annotations: {meshdemo.dev/inject: disabled}}\n"
+         "spec: {hostNetwork: true, containers: [{name: a}]}", "skipped", "meshdemo.dev/inject"),
         ("kind: Deployment\nmetadata: {name: a}\nspec: {}", "refused", "no pod template"),
         ("kind: Pod\nmetadata: {name: a}\nspec: {containers: []}", "refused", "no containers"),
         ("x: &s {containers: [{name: a}]}\nkind: Pod\nmetadata: {name: a}\nspec: *s", "refused", "alias"),

@@ -82,17 +82,17 @@ def inject(text: str, additions_for: Callable[[PodTemplate], Additions]) -> tupl
     """
 
     def one(kind: str, name: str, manifest: yaml.Node, template: yaml.MappingNode) -> _Change:
-        reason = _refusal(template)
-        if reason:
-            return Outcome(kind, name, "refused", reason), []
         annotations = {
             **_strings(yamledit.get(manifest, "metadata", "annotations")),
             **_strings(yamledit.get(template, "metadata", "annotations")),
         }
+        # Whoever has switched it off asks for nothing that could be refused.
+        if annotations.get(INJECT) == "disabled" and INJECTED not in annotations:
+            return Outcome(kind, name, "skipped", f"annotation {INJECT}: disabled"), []
+        if reason := _refusal(template):
+            return Outcome(kind, name, "refused", reason), []
         if INJECTED in annotations:
             return Outcome(kind, name, "unchanged", "has a sidecar already"), []
-        if annotations.get(INJECT) == "disabled":
-            return Outcome(kind, name, "skipped", f"annotation {INJECT}: disabled"), []
         spec = yamledit.get(template, "spec")
         pod = PodTemplate(
             kind=kind,
