@@ -177,7 +177,7 @@ def kubectl(mesh: Mesh, *words: str, stdin: str = "") -> str:
 
 
 def shop(mesh: Mesh, namespace: str) -> list[dict[str, Any]]:
-    """An app that knows of no mesh. Of its port nothing is said."""
+    """An app that knows of no mesh. Of its ports, one of each container, nothing is said."""
     ours = mesh.cluster.get("Deployment", "service-b-v1", mesh.name)
     assert ours is not None
     host = "0.0.0.0"  # noqa: S104 - as other people's apps do
@@ -188,9 +188,18 @@ def shop(mesh: Mesh, namespace: str) -> list[dict[str, Any]]:
         "env": [{"name": name, "value": value} for name, value in env.items()],
         "readinessProbe": {"tcpSocket": {"port": 8080}},
     }
+    admin = {
+        **container,
+        "name": "admin",
+        "env": [{"name": name, "value": value} for name, value in {**env, "PORT": "8090"}.items()],
+        "readinessProbe": {"httpGet": {"path": "/healthz", "port": 8090}},
+    }
     edge = ingress(mesh, "shop", f"{namespace}.test", work="shop")
     edge["metadata"]["namespace"] = namespace
     edge["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"] = {"number": 80}
+    backend = {"service": {"name": "shop", "port": {"name": "admin"}}}
+    paths = [{"path": "/", "pathType": "Prefix", "backend": backend}]
+    edge["spec"]["rules"].append({"host": f"admin.{namespace}.test", "http": {"paths": paths}})
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}},
         {
@@ -199,14 +208,23 @@ def shop(mesh: Mesh, namespace: str) -> list[dict[str, Any]]:
             "metadata": {"name": "shop", "namespace": namespace},
             "spec": {
                 "selector": {"matchLabels": {"app": "shop"}},
-                "template": {"metadata": {"labels": {"app": "shop"}}, "spec": {"containers": [container]}},
+                "template": {
+                    "metadata": {"labels": {"app": "shop"}},
+                    "spec": {"containers": [container, admin]},
+                },
             },
         },
         {
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": "shop", "namespace": namespace},
-            "spec": {"selector": {"app": "shop"}, "ports": [{"port": 80, "targetPort": 8080}]},
+            "spec": {
+                "selector": {"app": "shop"},
+                "ports": [
+                    {"name": "main", "port": 80, "targetPort": 8080},
+                    {"name": "admin", "port": 9000, "targetPort": 8090},
+                ],
+            },
         },
         edge,
     ]
@@ -233,7 +251,7 @@ def test_an_injected_app_is_part_of_the_mesh_in_whatever_namespace(mesh: Mesh) -
             stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": shop(mesh, place)}),
         )
     for place in places:
-        kubectl(mesh, "rollout", "status", "deploy/shop", "-n", place, "--timeout", "110s")  # 1/1, without
+        kubectl(mesh, "rollout", "status", "deploy/shop", "-n", place, "--timeout", "110s")  # 2/2, without
         through(mesh, place, "inject")
         (pod,) = [
             one
@@ -278,6 +296,13 @@ def test_an_injected_app_is_part_of_the_mesh_in_whatever_namespace(mesh: Mesh) -
         return bool(blue["requests"] >= 5 and blue["success_rate"] == 1 and not (green and green["requests"]))
 
     until(only_blue_is_called, "signals of the one alone, as requests although nothing says that it is HTTP")
+
+    def by_the_other_port() -> bool:
+        status = get(mesh, "/work", "admin.blue.test")[0]
+        rows = mesh.json("stat", "shop.blue", "--by", "route", "--window", "30s")
+        return status == 200 and any(row["route"] == "port-9000" and row["requests"] for row in rows)
+
+    until(by_the_other_port, "its other port, as a route of the same service")
     mesh.run("access", "deny", "gateway", "shop.green")
     assert get(mesh, "/work", "green.test")[0] == 403
     assert get(mesh, "/work", "blue.test")[0] == 200
