@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xds_harness import DEADLINE_S, Member, Mesh, free_port, pair, until
@@ -25,7 +25,8 @@ class Server:
         self.grpc_port, self.http_port, self.open_port = free_port(), free_port(), free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
-    def spawn(self) -> subprocess.Popen[bytes]:
+    def spawn(self, keeping: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        """Start it, with these open files besides its own."""
         with (self.state / "server.log").open("ab") as log:
             return subprocess.Popen(
                 [
@@ -34,10 +35,11 @@ class Server:
                     "--open-listen", f"127.0.0.1:{self.open_port}",
                 ],
                 stderr=log,
+                pass_fds=keeping,
             )  # fmt: skip
 
-    def start(self) -> None:
-        self.process = self.spawn()
+    def start(self, keeping: Sequence[int] = ()) -> None:
+        self.process = self.spawn(keeping)
 
         def up() -> bool:
             assert self.process is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import resource
 import signal
 import socket
 import stat
@@ -559,6 +561,22 @@ def test_sigterm_ends_it_cleanly_and_quickly() -> None:
         assert mesh.server.stop(signal.SIGTERM) == 0, mesh.server.log()
         assert time.monotonic() - began < 5
         assert "Traceback" not in mesh.server.log()
+
+
+def test_it_answers_however_many_sidecars_hold_a_connection() -> None:
+    """Each takes a file descriptor, and the API's own may be above what `select` knows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with served_mesh() as mesh:
+            mesh.write_instances()
+            mesh.server.start(keeping=held)
+            assert mesh.server.client().status()["instances"] == []
+    finally:
+        for one in held:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_what_stops_it_from_starting_is_said_in_one_line() -> None:

@@ -245,6 +245,8 @@ def _serve_http(place: Place, control: Control) -> None:
             threads=_HTTP_THREADS,
             ident=None,
             clear_untrusted_proxy_headers=True,
+            # select() takes no descriptor above 1023, and each sidecar has one.
+            asyncore_use_poll=True,
         )
     except OSError as error:
         raise Failed(
