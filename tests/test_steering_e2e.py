@@ -307,7 +307,15 @@ def test_refusals_and_ejections_are_seen_apart_from_errors_of_the_app(
         )
 
     until(shown, "it to be in the metrics and by version")
-    bad.status = 200
+    bad.status, ended = 200, time.monotonic()
+
+    def reported() -> bool:
+        """Has each sidecar said, after the one report that may have been on its way, what it saw until then?"""
+        passed_s = time.monotonic() - ended - 1.0
+        said = [row["last_report_s"] for row in client.status()["instances"]]
+        return all(one is not None and one < passed_s for one in said)
+
+    until(reported, "all failures to be reported")
     client.add_fault(at="mesh", service="service-b", lat_ms=300)
     client.set_traffic("service-b", {"max_connections": 1, "max_pending": 1})
     failures = sum(metrics(mesh, "meshdemo_request_failures_total").values())
