@@ -91,6 +91,11 @@ class Workload(_Strict):
         return self
 
 
+def further_key(port: int, part: str = "") -> str:
+    """What tells a way to a service's instances from its others: the port, and whose instances alone."""
+    return f"{port}/{part}" if part else str(port)
+
+
 class FurtherPort(_Strict):
     """A port of a service's instances that is in the mesh besides its first one, under the same name."""
 
@@ -107,7 +112,7 @@ class FurtherPort(_Strict):
     @property
     def key(self) -> str:
         """What tells it from the service's others."""
-        return f"{self.port}/{self.part}" if self.part else str(self.port)
+        return further_key(self.port, self.part)
 
     @property
     def spoken(self) -> Spoken:

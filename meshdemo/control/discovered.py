@@ -33,7 +33,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from meshdemo.apps.model import GATEWAY, App, Found, FurtherPort, Protocol, Service, Workload
+from meshdemo.apps.model import GATEWAY, App, Found, FurtherPort, Protocol, Service, Workload, further_key
 from meshdemo.kube import Manifest
 from meshdemo.names import (
     PROTOCOL,
@@ -270,9 +270,9 @@ class _Place:
                     owner.further[way.target] = way
                 if not owner.has(way.target):
                     continue
-                key = str(way.target) if way.target in owner.further else ""
+                key = further_key(way.target) if way.target in owner.further else ""
                 if not self._leads_to_all(one, way, owner):
-                    key = f"{way.target}/{name}"
+                    key = further_key(way.target, name)
                     owner.parts[name] = way
                 (called,) = of
                 self.also.append((self._called(called), address, way.called, key))
@@ -292,20 +292,18 @@ class _Place:
     def _add(self, name: str, owner: _Owner, besides: Collection[int]) -> None:
         pods = [self.pods[pod] for pod in owner.members]
         first = _port(owner.first, pods, first=True) if owner.first else None
-        further = [_port(way, pods, first=False) for way in owner.further.values()]
-        whole = {one.port: one for one in (first, *further) if one}
-        further += [whole[way.target].model_copy(update={"part": of}) for of, way in owner.parts.items()]
-        self.found[self._called(name)] = _service(first, further, pods, besides)
+        further = [(_port(way, pods, first=False), way) for way in owner.further.values()]
+        whole = {one.port: one for one in (first, *(port for port, _ in further)) if one}
+        further += [
+            (whole[way.target].model_copy(update={"part": of}), way) for of, way in owner.parts.items()
+        ]
+        self.found[self._called(name)] = _service(first, [port for port, _ in further], pods, besides)
         if owner.first is not None:
             self.ports[self._called(name)] = owner.first.called
         for pod in owner.members:
-            ways = (
-                *((way, "") for way in owner.further.values()),
-                *((way, of) for of, way in owner.parts.items()),
-            )
-            its = [f"{way.target}/{of}".rstrip("/") for way, of in ways if pod in way.pods]
+            its = tuple(port.key for port, way in further if pod in way.pods)
             if its:
-                self.further[self._called(pod)] = tuple(its)
+                self.further[self._called(pod)] = its
 
     def _called(self, name: str) -> str:
         return qualified(name, self.namespace, self._home)

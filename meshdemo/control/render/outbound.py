@@ -71,13 +71,13 @@ def endpoints(cache: Cache, mesh: MeshState, versions: Versions) -> xds.Bundle:
     """The instances that each version's callers know of, and those of them that have a further port."""
     found = []
     for name, of in versions.items():
-        further = [port.key for port in served(mesh.app.services[name]) if port.key]
+        further = [port for port in served(mesh.app.services[name]) if port.key]
         for version, serving in of.items():
             where = tuple((i.host, i.inbound_port) for i in serving)
             found.append(cache.endpoints(f"{name}/{version}", where))
-            for key in further:
-                where = tuple((i.host, int(key.partition("/")[0])) for i in serving if key in i.further)
-                found.append(cache.endpoints(f"{name}/{version}/{key}", where))
+            for port in further:
+                where = tuple((i.host, port.number) for i in serving if port.key in i.further)
+                found.append(cache.endpoints(f"{name}/{version}{port.suffix}", where))
     return cache.bundle(xds.ENDPOINTS, found)
 
 
