@@ -27,6 +27,7 @@ from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import Crowd
 from meshdemo.bench.stage import Process, Stage, Tell, attempt, until
 from meshdemo.bench.stats import growth, quantile
+from meshdemo.control import startup
 from meshdemo.control.client import ControlClient
 from meshdemo.control.model import Effect, Instance, MeshState
 from meshdemo.files import write_atomic
@@ -207,7 +208,7 @@ class _ControlPlane:
             sys.executable, "-P", "-m", "meshdemo.control.server", "--state", str(self._state),
             "--grpc-port", str(self.grpc_port), "--http-port", str(self._http_port),
         ]  # fmt: skip
-        process = self._process = self._stage.start("control-plane", command)
+        process = self._process = self._stage.start("control-plane", command, env=startup.ENVIRONMENT)
         until("the control plane to listen", lambda: process.listens(self._http_port))
 
 
@@ -234,7 +235,9 @@ class _Sidecars:
 
     def __enter__(self) -> _Sidecars:
         self.began = time.monotonic()
-        self._process = self._stage.start("sidecars", self._command, stdout=subprocess.PIPE)
+        # What a change of threads costs grpc's client is not what is to be measured (see `startup`).
+        env = {"GRPC_EXPERIMENTS": "-event_engine_client"}
+        self._process = self._stage.start("sidecars", self._command, env=env, stdout=subprocess.PIPE)
         threading.Thread(target=self._read, daemon=True).start()
         return self
 

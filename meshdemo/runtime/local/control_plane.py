@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from meshdemo.control import startup
 from meshdemo.control.client import ControlClient
 from meshdemo.errors import MeshdemoError
 from meshdemo.runtime.local.keeper import BoundedLog, Keeper, Plan, Reaper
@@ -124,7 +125,8 @@ class ControlPlane:
             "--hand", json.dumps([sys.executable, "-P", "-m", "meshdemo", "--name", self._paths.name]),
         ]  # fmt: skip
         # That command is to find this mesh, and no other, whatever the environment of `up` was.
-        return Plan(command=command, env={**self._environ, HOME: str(self._paths.state.parent)}, cwd="/")
+        env = {**startup.ENVIRONMENT, **self._environ, HOME: str(self._paths.state.parent)}
+        return Plan(command=command, env=env, cwd="/")
 
     def _port_lost(self) -> bool:
         if lost := renew_lost((self.grpc, self.http)):
