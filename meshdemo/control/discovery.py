@@ -1,14 +1,12 @@
-"""ADS: who is subscribed to what; push, ACK and NACK (state of the world, xDS v3).
+"""The ADS server: who is connected; push, ACK and NACK (xDS v3, state of the world and incremental).
 
 https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol
 
-What a sidecar should have (a snapshot of bundles, see `xds`) is kept apart from the stream that carries it.
-A stream compares the two, type by type in the order in which configuration must change, and sends what
-differs; so one rule serves the first connection, a change, a reconnection and a roll-back. Responses are
-bytes: whatever a thousand streams have in common is encoded once.
+What a sidecar should have (a snapshot of bundles, see `xds`) is kept apart from the stream that carries it
+(`stream`) and from how that is encoded (`wire`).
 
 A push is in force when its sidecars have ACKed. One that rejects (NACK) keeps its last good configuration,
-and is sent nothing of that type until it should have something else.
+and is sent nothing of that until it should have something else.
 """
 
 from __future__ import annotations
@@ -19,16 +17,16 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import grpc
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest
 from google.protobuf.message import DecodeError
 
 from meshdemo.control import xds
 from meshdemo.control.model import Instance
-from meshdemo.names import parted
+from meshdemo.control.stream import Doubts, Refused, Stream
+from meshdemo.control.wire import WIRES, Wire
 
 log = logging.getLogger(__name__)
 
@@ -72,204 +70,6 @@ class Outcome:
     unconfirmed: tuple[str, ...]
     nacks: tuple[Nack, ...]
     last_ack: float  # time.perf_counter() of the last ACK, or of the start where nobody was affected
-
-
-def envoys_words(message: str) -> str:
-    """Envoy's reason for a rejection, without the whole resource that it prints before some of them."""
-    dump, found, reason = message.rpartition("Proto constraint validation failed")
-    words = f"{found}{reason}" if dump.lstrip().startswith("goo.gle/debug") else message
-    return " ".join(words.split())[:1000] or "no reason given"
-
-
-class Refused(Exception):
-    """A sidecar asks for what its token does not entitle it to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A DiscoveryRequest, as far as it is read."""
-
-    type_url: str
-    names: frozenset[str] = frozenset()
-    version: str = ""
-    nonce: str = ""
-    node: str = ""
-    error: str | None = None  # Envoy's words, if it rejects what it was sent
-
-    @staticmethod
-    def read(data: bytes) -> Request:
-        """From the wire. Raises DecodeError."""
-        # Sidecars with the same past ask in the same words, so most are read once for all of them.
-        return _remembered(data) if len(data) <= _REMEMBERED_BYTES else _read(data)
-
-
-@dataclass(slots=True)
-class _Subscription:
-    """One type on one stream.
-
-    `names` are those that the sidecar asks for, `missing` those of them that it lacks whatever `sent` says;
-    `sent` is what it should have by what it was sent; `nonce` is that of the last response, `number` counts
-    that among all of the stream, and `waiting` says that it is neither ACKed nor rejected yet.
-    """
-
-    names: frozenset[str] = frozenset()
-    missing: frozenset[str] = frozenset()
-    sent: tuple[xds.Bundle, ...] = ()
-    nonce: str = ""
-    number: int = 0
-    waiting: bool = False
-    nack: str = ""
-
-
-class Stream:
-    """One sidecar's ADS stream: the protocol alone, no I/O."""
-
-    def __init__(self, instance: Instance, wanted: xds.Snapshot) -> None:
-        """`wanted` is what the sidecar should have; it is replaced when that changes."""
-        self.instance = instance
-        self.wanted = wanted
-        self.responses = 0
-        self.lagging = False  # it let a push time out, and has not caught up yet
-        self.opened_at = time.monotonic()
-        self._subscriptions: dict[str, _Subscription] = {}
-        self._owed: frozenset[str] = frozenset()  # endpoints of changed clusters
-
-    # -- requests -----------------------------------------------------------------------------------------
-
-    def receive(self, request: Request) -> None:
-        """Take a request in: a subscription, an ACK or a NACK, and which names the sidecar wants now.
-
-        Raises:
-            Refused: it asks for a secret that is not its own, or claims to be another instance.
-        """
-        type_url, names = request.type_url, request.names
-        self._check(request)
-        subscription = self._subscriptions.get(type_url)
-        if subscription is None:
-            subscription = self._subscriptions[type_url] = _Subscription(names=names, missing=names)
-            wanted = self.wanted.get(type_url, ())
-            if type_url in xds.STATE_OF_THE_WORLD and request.version == _version(wanted):
-                # It is back, with all that it should have. (Of other types it may lack some of it.)
-                subscription.sent = wanted
-            return
-        if request.nonce != subscription.nonce:
-            return  # about what has been superseded; the answer to the last response will come
-        answered, subscription.waiting = subscription.waiting, False
-        if request.error is not None:
-            subscription.nack = request.error
-            if type_url == xds.CLUSTERS:
-                self._owed = frozenset()
-        if names == subscription.names and not answered:
-            # It asks again for what it has: so it does for the endpoints of a cluster that was changed, and
-            # that cluster serves nobody until it gets them.
-            subscription.missing = names
-        else:
-            subscription.missing = (subscription.missing & names) | (names - subscription.names)
-        subscription.names = names
-
-    def _check(self, request: Request) -> None:
-        if request.type_url not in xds.ORDER:
-            raise Refused(f"there is nothing of type '{request.type_url}'")
-        # A pod knows its name, and not whether the mesh calls it by its namespace as well.
-        if request.node and request.node not in (self.instance.id, parted(self.instance.id, "")[0]):
-            raise Refused(f"says that it is '{request.node}'")
-        if request.type_url == xds.SECRETS:
-            own = _names(self.wanted.get(xds.SECRETS, ()))
-            for name in sorted(request.names - own):
-                raise Refused(f"asks for the secret '{name}'")
-
-    # -- responses ----------------------------------------------------------------------------------------
-
-    def next_response(self) -> bytes | None:
-        """The next response that may be sent now, in the order of types; None if there is none."""
-        for type_url in self._order():
-            subscription = self._subscriptions.get(type_url)
-            if subscription is None:
-                continue
-            if type_url in (xds.LISTENERS, xds.ROUTES) and self._clusters_unsettled():
-                return None  # what these refer to must be there first
-            wanted = self.wanted.get(type_url, ())
-            if subscription.sent is wanted and not subscription.missing:
-                continue  # as mostly
-            names = self._due(type_url, subscription)
-            if names is None:
-                subscription.sent = wanted
-            else:
-                return self._respond(type_url, subscription, names)
-        return None
-
-    def _order(self) -> Sequence[str]:
-        clusters = self._subscriptions.get(xds.CLUSTERS)
-        if clusters is not None and _only_removes(clusters.sent, self.wanted.get(xds.CLUSTERS, ())):
-            return _REMOVAL_ORDER
-        return xds.ORDER
-
-    def _clusters_unsettled(self) -> bool:
-        clusters = self._subscriptions.get(xds.CLUSTERS)
-        return self._owes() or (clusters is not None and clusters.waiting)
-
-    def _owes(self) -> bool:
-        """Are there endpoints that a changed cluster waits for?"""
-        return bool(self._owed and self._owed & _names(self.wanted.get(xds.ENDPOINTS, ())))
-
-    def _due(self, type_url: str, subscription: _Subscription) -> frozenset[str] | None:
-        """Names to send now, None if nothing is due; everything of a state-of-the-world type."""
-        wanted = self.wanted.get(type_url, ())
-        if type_url in xds.STATE_OF_THE_WORLD:
-            return None if subscription.sent == wanted else _names(wanted)
-        due = subscription.missing & _names(wanted) if subscription.missing else subscription.missing
-        if subscription.sent != wanted:
-            due |= _changed(subscription.sent, wanted) & subscription.names
-        return due or None
-
-    def _respond(self, type_url: str, subscription: _Subscription, names: frozenset[str]) -> bytes:
-        wanted = self.wanted[type_url]
-        if type_url == xds.CLUSTERS and not _only_removes(subscription.sent, wanted):
-            # Those that go are kept until routes have moved on; then they alone are left to do.
-            wanted = _with_gone(subscription.sent, wanted)
-            names = _names(wanted)
-            # A changed cluster warms until its endpoints are sent again, asked for or not.
-            self._owed |= _changed(subscription.sent, wanted)
-            if assigned := self._subscriptions.get(xds.ENDPOINTS):
-                assigned.missing |= self._owed & assigned.names
-        elif type_url == xds.ENDPOINTS:
-            self._owed -= names
-        self.responses += 1
-        subscription.number = self.responses
-        # Counted by type: streams with the same past get the same bytes, nonce included.
-        subscription.nonce = str(int(subscription.nonce or "0") + 1)
-        subscription.sent = wanted
-        subscription.missing -= names
-        subscription.waiting = True
-        subscription.nack = ""
-        return _encoded(type_url, wanted, names, subscription.nonce)
-
-    # -- standing -----------------------------------------------------------------------------------------
-
-    def settled(self) -> bool:
-        """Has the sidecar answered everything, and is nothing left to send?"""
-        if self._owes() or any(subscription.waiting for subscription in self._subscriptions.values()):
-            return False
-        return all(
-            self._due(type_url, subscription) is None
-            for type_url, subscription in self._subscriptions.items()
-        )
-
-    def asks_for(self, type_url: str) -> bool:
-        """Has the sidecar asked for any of this type on this stream?"""
-        return type_url in self._subscriptions
-
-    def nacks(self, after: int = 0) -> dict[str, str]:
-        """What the sidecar rejected and still lacks: short type -> Envoy's words.
-
-        Args:
-            after: only of responses after this one (counted as `responses` does).
-        """
-        return {
-            xds.SHORT[type_url]: subscription.nack
-            for type_url, subscription in self._subscriptions.items()
-            if subscription.nack and subscription.number > after
-        }
 
 
 class _Push:
@@ -321,6 +121,7 @@ class Discovery:
         self._authenticate = authenticate
         self._journal = journal
         self._connections: dict[str, _Connection] = {}  # by instance id
+        self._doubts: dict[str, Doubts] = {}  # left by streams that ended, by instance id
         self._pushes: set[_Push] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused: dict[tuple[str, str], float] = {}  # (host, reason) -> when it was journalled
@@ -329,7 +130,10 @@ class Discovery:
         """The gRPC service."""
         return grpc.method_handlers_generic_handler(
             "envoy.service.discovery.v3.AggregatedDiscoveryService",
-            {"StreamAggregatedResources": grpc.stream_stream_rpc_method_handler(self._serve)},
+            {
+                wire.method: grpc.stream_stream_rpc_method_handler(partial(self._serve, wire))
+                for wire in WIRES
+            },
         )
 
     def stream(self, instance: str) -> Stream | None:
@@ -400,7 +204,7 @@ class Discovery:
 
     # -- streams ------------------------------------------------------------------------------------------
 
-    async def _serve(self, _: Any, context: Any) -> None:
+    async def _serve(self, wire: Wire, _: Any, context: Any) -> None:
         """One stream, from its first request to its end."""
         instance = await self._authenticate(context.invocation_metadata())
         if instance is None:
@@ -410,8 +214,9 @@ class Discovery:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a stream is served by a task")
-        connection = _Connection(Stream(instance, self._wanted(instance)), context, task)
         before = self._connections.get(instance.id)
+        doubts = self._doubts.pop(instance.id, None) if before is None else before.stream.doubts()
+        connection = _Connection(Stream(instance, self._wanted(instance), wire, doubts), context, task)
         self._connections[instance.id] = connection
         if before is not None:
             # Mostly the sidecar itself, after its connection broke; or somebody who has its token.
@@ -439,13 +244,15 @@ class Discovery:
         finally:
             if self._connections.get(instance.id) is connection:
                 del self._connections[instance.id]
+                if doubts := connection.stream.doubts():
+                    self._doubts[instance.id] = doubts
             for push in list(self._pushes):
                 push.drop(connection.stream)
 
     async def _converse(self, connection: _Connection) -> None:
         stream = connection.stream
         while (data := await connection.context.read()) is not grpc.aio.EOF:
-            request = Request.read(data)
+            request = stream.wire.read(data)
             stream.receive(request)
             if request.error is not None:
                 self._journal(
@@ -472,6 +279,8 @@ class Discovery:
     def retain(self, instances: Iterable[Instance]) -> None:
         """Close the streams of all other instances, and of those whose token is no longer theirs."""
         valid = {instance.id: instance.token_sha256 for instance in instances}
+        for gone in self._doubts.keys() - valid.keys():
+            del self._doubts[gone]
         for connection in list(self._connections.values()):
             instance = connection.stream.instance
             if valid.get(instance.id) != instance.token_sha256:
@@ -494,77 +303,3 @@ async def _quietly(work: Awaitable[None]) -> None:
         await work
     except (grpc.aio.UsageError, grpc.aio.InternalError, grpc.RpcError) as error:
         log.debug("a stream ended while it was sent to: %s", error)
-
-
-# -- arithmetic on bundles, remembered, for a thousand streams ask the same ----------------------------------
-
-_REMOVAL_ORDER: Sequence[str] = (*(kind for kind in xds.ORDER if kind != xds.CLUSTERS), xds.CLUSTERS)
-"""Clusters that go, go last: nothing may refer to them any more."""
-
-
-@lru_cache(maxsize=16)  # few: a push brings one or two, and each may be large
-def _encoded(type_url: str, wanted: tuple[xds.Bundle, ...], names: frozenset[str], nonce: str) -> bytes:
-    resources = [bundle.part(names) for bundle in wanted]
-    return xds.response(type_url, _version(wanted), nonce, resources)
-
-
-def _version(bundles: tuple[xds.Bundle, ...]) -> str:
-    return ".".join(bundle.version for bundle in bundles)
-
-
-def _read(data: bytes) -> Request:
-    message = DiscoveryRequest.FromString(data)
-    error = envoys_words(message.error_detail.message) if message.HasField("error_detail") else None
-    names = _interned(tuple(message.resource_names))
-    return Request(
-        message.type_url, names, message.version_info, message.response_nonce, message.node.id, error
-    )
-
-
-_REMEMBERED_BYTES = 8192  # what is longer is not kept: a sidecar may send megabytes
-_remembered = lru_cache(maxsize=256)(_read)
-
-
-@lru_cache(maxsize=256)
-def _interned(names: tuple[str, ...]) -> frozenset[str]:
-    """Sidecars subscribe to the same names: one set for all of them."""
-    return frozenset(names)
-
-
-def _names(bundles: tuple[xds.Bundle, ...]) -> frozenset[str]:
-    if len(bundles) == 1:
-        return bundles[0].names
-    return frozenset[str]().union(*(bundle.names for bundle in bundles))
-
-
-def _changed(old: tuple[xds.Bundle, ...], new: tuple[xds.Bundle, ...]) -> frozenset[str]:
-    """Names in `new` that are not the same in `old`."""
-    if not old:
-        return _names(new)
-    if len(old) != len(new):
-        before = {name: data for bundle in old for name, data in bundle.resources.items()}
-        after = {name: data for bundle in new for name, data in bundle.resources.items()}
-        return frozenset(name for name, data in after.items() if before.get(name) != data)
-    changed = [
-        _changed_in(before, after) for before, after in zip(old, new, strict=True) if before is not after
-    ]
-    return changed[0] if len(changed) == 1 else frozenset[str]().union(*changed)
-
-
-@lru_cache(maxsize=32)  # few: an entry keeps two bundles alive
-def _changed_in(old: xds.Bundle, new: xds.Bundle) -> frozenset[str]:
-    return frozenset(name for name, data in new.resources.items() if old.resources.get(name) != data)
-
-
-def _only_removes(old: tuple[xds.Bundle, ...], new: tuple[xds.Bundle, ...]) -> bool:
-    return old != new and not _changed(old, new)
-
-
-@lru_cache(maxsize=4)
-def _with_gone(old: tuple[xds.Bundle, ...], new: tuple[xds.Bundle, ...]) -> tuple[xds.Bundle, ...]:
-    """`new`, and what of `old` is no longer in it."""
-    gone = _names(old) - _names(new)
-    if not gone:
-        return new
-    kept = {n: data for bundle in old for n, data in bundle.resources.items() if n in gone}
-    return (*new, xds.Bundle(kept))

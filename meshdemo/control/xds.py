@@ -9,7 +9,8 @@ objects, so that comparing, storing and sending what they share costs once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Final
 
 from google.protobuf.message import Message
@@ -25,8 +26,8 @@ SECRETS: Final = _PREFIX + "envoy.extensions.transport_sockets.tls.v3.Secret"
 ORDER: Final = (RUNTIME, SECRETS, CLUSTERS, ENDPOINTS, LISTENERS, ROUTES)
 """The order of sending: what others refer to comes first (make before break)."""
 
-STATE_OF_THE_WORLD: Final = frozenset((CLUSTERS, LISTENERS))
-"""Types of which a response holds everything; what is not in it goes. Of others, it holds what changed."""
+WHOLE: Final = frozenset((CLUSTERS, LISTENERS))
+"""Types that a sidecar takes all of, and does not know by name before. Of others it asks for some by name."""
 
 SHORT: Final[Mapping[str, str]] = {
     RUNTIME: "runtime", SECRETS: "secrets", CLUSTERS: "clusters", ENDPOINTS: "endpoints",
@@ -38,31 +39,32 @@ SHORT: Final[Mapping[str, str]] = {
 class Bundle:
     """Encoded resources of one type that belong together. Compared by identity: renderers share them."""
 
-    __slots__ = ("__weakref__", "_parts", "_whole", "names", "resources", "version")
+    __slots__ = ("__weakref__", "_versions", "names", "resources", "version")
 
     def __init__(self, resources: Mapping[str, bytes]) -> None:
         """Resources by name, each as `encode` makes it."""
         self.resources = resources
         self.names = frozenset(resources)
-        self._whole = b"".join(resources.values())
-        self._parts: dict[frozenset[str], bytes] = {}
+        self._versions: Mapping[str, str] | None = None
         # A hash of the content: the same after a restart of the control plane.
-        self.version = hashlib.blake2b(self._whole, digest_size=8).hexdigest()
+        self.version = _hash(*resources.values())
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """The version of each resource: a hash of its content, too."""
+        if self._versions is None:
+            self._versions = {name: _hash(data) for name, data in self.resources.items()}
+        return self._versions
 
     def part(self, names: frozenset[str]) -> bytes:
         """The resources of these names that are in the bundle, ready to stand in a response."""
-        if names >= self.names:
-            return self._whole
-        part = self._parts.get(names)
-        if part is None:
-            part = b"".join(data for name, data in self.resources.items() if name in names)
-            if len(self._parts) > 32:  # sidecars ask for the same few sets; do not keep odd ones
-                self._parts.clear()
-            self._parts[names] = part
-        return part
+        return b"".join(data for name, data in self.resources.items() if name in names)
 
 
-Snapshot = Mapping[str, tuple[Bundle, ...]]
+Bundles = tuple[Bundle, ...]
+"""All of one type that a sidecar should have, or has."""
+
+Snapshot = Mapping[str, Bundles]
 """What one sidecar should have: type URL -> bundles."""
 
 
@@ -72,8 +74,11 @@ def encode(type_url: str, resource: Message) -> bytes:
     return field(2, field(1, type_url.encode()) + field(2, value))
 
 
-def response(type_url: str, version: str, nonce: str, resources: list[bytes]) -> bytes:
-    """An encoded DiscoveryResponse: version_info (1), resources (2), type_url (4) and nonce (5)."""
+def response(type_url: str, version: str, nonce: str, resources: Iterable[bytes]) -> bytes:
+    """An encoded DiscoveryResponse: version_info (1), resources (2), type_url (4) and nonce (5).
+
+    Those fields of a DeltaDiscoveryResponse have the same numbers.
+    """
     return b"".join(
         (field(1, version.encode()), *resources, field(4, type_url.encode()), field(5, nonce.encode()))
     )
@@ -91,3 +96,88 @@ def _varint(value: int) -> bytearray:
         value >>= 7
     out.append(value)
     return out
+
+
+def _hash(*parts: bytes) -> str:
+    hashed = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()
+
+
+# -- arithmetic on bundles, remembered, for a thousand streams ask the same ----------------------------------
+
+
+def version(bundles: Bundles) -> str:
+    """The version of all of them."""
+    return ".".join(bundle.version for bundle in bundles)
+
+
+def names(bundles: Bundles) -> frozenset[str]:
+    """The names of all resources in them."""
+    if len(bundles) == 1:
+        return bundles[0].names
+    return frozenset[str]().union(*(bundle.names for bundle in bundles))
+
+
+def changed(old: Bundles, new: Bundles) -> frozenset[str]:
+    """Names in `new` that are not the same in `old`."""
+    if not old:
+        return names(new)
+    if len(old) != len(new):
+        return _changed_over_all(old, new)
+    found = [
+        _changed_in(before, after) for before, after in zip(old, new, strict=True) if before is not after
+    ]
+    return found[0] if len(found) == 1 else frozenset[str]().union(*found)
+
+
+@lru_cache(maxsize=32)  # few: an entry keeps bundles alive
+def _changed_in(old: Bundle, new: Bundle) -> frozenset[str]:
+    return frozenset(name for name, data in new.resources.items() if old.resources.get(name) != data)
+
+
+@lru_cache(maxsize=16)
+def _changed_over_all(old: Bundles, new: Bundles) -> frozenset[str]:
+    before, after = _resources(old), _resources(new)
+    return frozenset(name for name, data in after.items() if before.get(name) != data)
+
+
+def only_removes(old: Bundles, new: Bundles) -> bool:
+    """Is all of `new` in `old`, and not the other way round?"""
+    return old != new and not changed(old, new)
+
+
+@lru_cache(maxsize=4)
+def with_gone(old: Bundles, new: Bundles, unknown: frozenset[str]) -> Bundles:
+    """`new`, and what of `old` is no longer in it; of what is `unknown`, the name alone."""
+    gone = names(old) - names(new)
+    if not gone:
+        return new
+    kept = {name: data for name, data in _resources(old).items() if name in gone}
+    return (*new, Bundle(kept | dict.fromkeys(gone & unknown, b"")))
+
+
+@lru_cache(maxsize=16)
+def held(wanted: Bundles, versions: frozenset[tuple[str, str]]) -> Bundles:
+    """What somebody has who has these (name, version); of what differs from `wanted`, the name alone."""
+    resources, newest = _resources(wanted), _versions(wanted)
+    return (Bundle({n: resources[n] if newest.get(n) == v else b"" for n, v in sorted(versions)}),)
+
+
+def less(bundles: Bundles, doubted: frozenset[str]) -> Bundles:
+    """These, but of what is `doubted` the name alone."""
+    return (Bundle(_resources(bundles) | dict.fromkeys(doubted, b"")),)
+
+
+def unknown(bundles: Bundles) -> frozenset[str]:
+    """Names in them that stand there alone."""
+    return frozenset(name for bundle in bundles for name, data in bundle.resources.items() if not data)
+
+
+def _resources(bundles: Bundles) -> dict[str, bytes]:
+    return {name: data for bundle in bundles for name, data in bundle.resources.items()}
+
+
+def _versions(bundles: Bundles) -> dict[str, str]:
+    return {name: version for bundle in bundles for name, version in bundle.versions.items()}
