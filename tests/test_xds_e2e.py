@@ -13,10 +13,15 @@ from typing import Any
 
 import grpc
 import pytest
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+from envoy.service.discovery.v3.discovery_pb2 import (
+    DeltaDiscoveryRequest,
+    DeltaDiscoveryResponse,
+    DiscoveryRequest,
+    DiscoveryResponse,
+)
 from xds_harness import Load, Member, Mesh, Proxied, free_port, mesh_of, pair, until
 
-from meshdemo.control import xds
+from meshdemo.control import wire, xds
 from meshdemo.control.intent import (
     add_fault,
     clear_fault,
@@ -535,11 +540,14 @@ def test_tap_sends_single_requests_while_it_is_on() -> None:
 # -- who may connect to the control plane -----------------------------------------------------------------
 
 
-def ask(mesh: Mesh, token: str | None, request: DiscoveryRequest) -> DiscoveryResponse:
-    """One request on an ADS stream of our own, and its response."""
+def ask(mesh: Mesh, token: str | None, request: Any) -> Any:
+    """One request on an ADS stream of our own, in either encoding, and its response."""
     answered = threading.Event()
+    delta = isinstance(request, DeltaDiscoveryRequest)
+    method_of = wire.INCREMENTAL if delta else wire.STATE_OF_THE_WORLD
+    response = DeltaDiscoveryResponse if delta else DiscoveryResponse
 
-    def requests() -> Iterator[DiscoveryRequest]:
+    def requests() -> Iterator[Any]:
         yield request
         answered.wait(20)
 
@@ -547,9 +555,9 @@ def ask(mesh: Mesh, token: str | None, request: DiscoveryRequest) -> DiscoveryRe
     options = (("grpc.ssl_target_name_override", "control-plane.meshdemo"),)
     with grpc.secure_channel(f"127.0.0.1:{mesh.control_port}", credentials, options) as channel:
         method = channel.stream_stream(
-            "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources",
-            request_serializer=DiscoveryRequest.SerializeToString,
-            response_deserializer=DiscoveryResponse.FromString,
+            f"/envoy.service.discovery.v3.AggregatedDiscoveryService/{method_of.method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response.FromString,
         )
         metadata = (("authorization", f"Bearer {token}"),) if token is not None else None
         try:
@@ -558,22 +566,34 @@ def ask(mesh: Mesh, token: str | None, request: DiscoveryRequest) -> DiscoveryRe
             answered.set()
 
 
-def test_streams_need_a_token_and_get_what_it_proves() -> None:
+def asking(delta: bool, names: list[str], **versions: str) -> Any:
+    """A first request for secrets."""
+    if delta:
+        return DeltaDiscoveryRequest(
+            type_url=xds.SECRETS, resource_names_subscribe=names, initial_resource_versions=versions
+        )
+    return DiscoveryRequest(type_url=xds.SECRETS, resource_names=names)
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["state of the world", "incremental"])
+def test_streams_need_a_token_and_get_what_it_proves(delta: bool) -> None:
     with mesh_of(pair()) as mesh:
         a, b = mesh.add("service-a"), mesh.add("service-b")
         mesh.start_control()
-        secrets = DiscoveryRequest(type_url=xds.SECRETS, resource_names=["identity", "trust"])
+        secrets = asking(delta, ["identity", "trust"])
         for token in (None, "", "nonsense", "Bearer", a.token[:-1]):
             with pytest.raises(grpc.RpcError) as caught:
                 ask(mesh, token, secrets)
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
         assert len(ask(mesh, a.token, secrets).resources) == 2
-        assert b"BEGIN" in ask(mesh, b.token, secrets).resources[0].value
+        (found, *_) = ask(mesh, b.token, secrets).resources
+        assert b"BEGIN" in (found.resource if delta else found).value
 
-        claim = DiscoveryRequest(type_url=xds.SECRETS, resource_names=["identity"])
+        claim = asking(delta, ["identity"])
         claim.node.id = b.instance.id
-        others = DiscoveryRequest(type_url=xds.SECRETS, resource_names=["spiffe://m/ns/default/sa/service-b"])
-        for request in (claim, others):
+        others = asking(delta, ["spiffe://m/ns/default/sa/service-b"])
+        had = [asking(True, [], **{"spiffe://m/ns/default/sa/service-b": "1"})] if delta else []
+        for request in (claim, *had, others):
             with pytest.raises(grpc.RpcError) as caught:
                 ask(mesh, a.token, request)
             assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
