@@ -1,9 +1,10 @@
 """Simulated sidecars: `python -m meshdemo.bench.sidecars FILE`, a process of its own.
 
-Each has what a real one has towards the control plane: a TLS connection of its own, with a token, an ADS
-stream that asks, ACKs and re-subscribes as Envoy does, and an OTLP export every few seconds. It does nothing
-with its configuration, so a thousand of them fit on a small machine. FILE says where and who (`Crowd`). On
-stdout, a line with the time (monotonic clock, s) whenever all of them are configured that were not before.
+Each has what a real one has towards the control plane: a TLS connection of its own, with a token, an
+incremental ADS stream that asks and ACKs as Envoy does, and an OTLP export every few seconds. It does nothing
+with its configuration, and reads once what all of them get, so a thousand of them fit on a small machine.
+FILE says where and who (`Crowd`). On stdout, a line with the time (monotonic clock, s) whenever all of them
+are configured that were not before.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import grpc
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
 from meshdemo.control import xds
 from meshdemo.control.identity import CONTROL_PLANE_NAME, spiffe_id
 from meshdemo.control.signals import BOUNDS_MS
+from meshdemo.control.wire import INCREMENTAL
 
-_ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
+_ADS = f"/envoy.service.discovery.v3.AggregatedDiscoveryService/{INCREMENTAL.method}"
 _OTLP = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 
 # As in templates/envoy/bootstrap.yaml.j2: Envoy tries again after a random time of up to this (s).
@@ -40,8 +44,35 @@ _NEXT = {
     xds.ENDPOINTS: (xds.LISTENERS,),
     xds.LISTENERS: (xds.ROUTES,),
 }
-# Of these types the control plane sends something on each new stream; of the others only what has changed.
-_ALWAYS = frozenset((xds.RUNTIME, xds.SECRETS, xds.ENDPOINTS, xds.ROUTES))
+# What it asks for at once when it is back, in Envoy's order.
+_ALL = (xds.RUNTIME, xds.CLUSTERS, xds.ENDPOINTS, xds.SECRETS, xds.LISTENERS, xds.ROUTES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """A response, as far as a sidecar of this kind looks at it."""
+
+    kind: str
+    nonce: str
+    versions: dict[str, str]  # name -> version
+    gone: tuple[str, ...]
+
+
+@lru_cache(maxsize=128)
+def _read(data: bytes) -> _Response:
+    message = DeltaDiscoveryResponse.FromString(data)
+    versions = {one.name: one.version for one in message.resources}
+    return _Response(message.type_url, message.nonce, versions, tuple(message.removed_resources))
+
+
+@lru_cache(maxsize=128)
+def _ack(kind: str, nonce: str) -> bytes:
+    return _encoded(DeltaDiscoveryRequest(type_url=kind, response_nonce=nonce))
+
+
+def _encoded(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +133,7 @@ class _Sidecar:
             xds.ENDPOINTS: (*all_.crowd.endpoints, "app"),
             xds.ROUTES: ("outbound", "inbound"),
         }
-        self._versions: dict[str, str] = {}  # what it has: type -> version
+        self._versions: dict[str, dict[str, str]] = {}  # what it has: type -> name -> version
         self._export = _Export(all_.crowd.mesh, service)
 
     async def run(self) -> None:
@@ -126,36 +157,39 @@ class _Sidecar:
     async def _stream(self) -> bool:
         """One stream until it ends; was it of any use?"""
         call = self._channel.stream_stream(_ADS)(metadata=self._metadata)
-        nonces: dict[str, str] = {}
-        known = dict(self._versions)  # from an earlier stream: it asks for everything at once
-
-        async def ask(kind: str, version: str = "", nonce: str = "") -> None:
-            request = DiscoveryRequest(
-                type_url=kind, version_info=version, response_nonce=nonce,
-                resource_names=self._names.get(kind, ()),
-            )  # fmt: skip
-            if kind == xds.RUNTIME and not nonce:
-                request.node.id = self._instance
-            await call.write(request.SerializeToString())
-
+        back = bool(self._versions)  # then it asks for everything at once
+        warming: set[str] = set()
+        unconfirmed: list[bytes] = []  # clusters
         complete = False
         try:
-            for kind in (xds.RUNTIME, *(one for one in known if one != xds.RUNTIME)):
-                await ask(kind, known.get(kind, ""))
+            for kind in _ALL if back else _ALL[:1]:
+                await call.write(self._subscription(kind))
             while (data := await call.read()) is not grpc.aio.EOF:
-                response = DiscoveryResponse.FromString(data)
-                kind = response.type_url
-                again = kind in nonces
+                response = _read(data)
+                kind = response.kind
                 first = kind not in self._versions
-                nonces[kind], self._versions[kind] = response.nonce, response.version_info
-                await ask(kind, response.version_info, response.nonce)
-                if kind == xds.CLUSTERS and again:
-                    # A changed cluster warms until its endpoints have come again.
-                    await ask(xds.ENDPOINTS, self._versions[xds.ENDPOINTS], nonces[xds.ENDPOINTS])
+                held = self._versions.setdefault(kind, {})
+                held.update(response.versions)
+                for name in response.gone:
+                    held.pop(name, None)
+                # A cluster warms until its endpoints have come, and is confirmed then. They are not asked for
+                # again if it is just another version of one that was there.
+                if kind == xds.CLUSTERS:
+                    warming.update(response.versions)
+                    warming.difference_update(response.gone)
+                    unconfirmed.append(_ack(kind, response.nonce))
+                elif kind == xds.ENDPOINTS:
+                    warming.difference_update(response.versions)
+                if not warming and unconfirmed:
+                    for ack in unconfirmed:
+                        await call.write(ack)
+                    unconfirmed.clear()
+                if kind != xds.CLUSTERS:
+                    await call.write(_ack(kind, response.nonce))
                 if first:
                     for following in _NEXT.get(kind, ()):
-                        await ask(following)
-                if not complete and nonces.keys() >= _ALWAYS and len(self._versions) == len(xds.ORDER):
+                        await call.write(self._subscription(following))
+                if not complete and kind == (xds.SECRETS if back else xds.ROUTES):
                     complete = True
                     self._all.configured(+1)
         finally:
@@ -163,6 +197,20 @@ class _Sidecar:
             if complete:
                 self._all.configured(-1)
         return complete
+
+    def _subscription(self, kind: str) -> bytes:
+        """The first request for a type on a stream."""
+        request = DeltaDiscoveryRequest(type_url=kind)
+        names = self._names.get(kind, ())
+        # In each process Envoy has them in an order of its own.
+        request.resource_names_subscribe.extend(random.sample(names, len(names)))
+        request.initial_resource_versions.update(self._versions.get(kind, {}))
+        if kind == xds.SECRETS:
+            # Its certificate is another one after each restart; asked for so, it comes on each stream.
+            request.initial_resource_versions.pop("identity", None)
+        if kind == xds.RUNTIME:
+            request.node.id = self._instance
+        return _encoded(request)
 
     async def _report(self) -> None:
         every_s = self._all.crowd.export_every_s

@@ -65,9 +65,15 @@ class Wire:
         write: Callable[[Response], bytes],
         *,
         incremental: bool,
+        remembered_bytes: int,
     ) -> None:
-        """`method` of the AggregatedDiscoveryService speaks it."""
+        """`method` of the AggregatedDiscoveryService speaks it.
+
+        Args:
+            remembered_bytes: requests up to this size are kept once they are read.
+        """
         self.method = method
+        self._remembered_bytes = remembered_bytes
         self.incremental = incremental
         self._read = read
         self._remembered = lru_cache(maxsize=256)(read)
@@ -76,14 +82,11 @@ class Wire:
 
     def read(self, data: bytes) -> Request:
         """A request from the wire. Raises DecodeError."""
-        return self._remembered(data) if len(data) <= _REMEMBERED_BYTES else self._read(data)
+        return self._remembered(data) if len(data) <= self._remembered_bytes else self._read(data)
 
     def write(self, response: Response) -> bytes:
         """A response for the wire."""
         return self._written(response)
-
-
-_REMEMBERED_BYTES = 8192  # what is longer is not kept: a sidecar may send megabytes
 
 
 def envoys_words(message: str) -> str:
@@ -160,6 +163,12 @@ def _delta_part(bundle: xds.Bundle, names: frozenset[str]) -> bytes:
     )
 
 
-STATE_OF_THE_WORLD: Final = Wire("StreamAggregatedResources", _read_state, _write_state, incremental=False)
-INCREMENTAL: Final = Wire("DeltaAggregatedResources", _read_delta, _write_delta, incremental=True)
+# What is longer is not kept: a sidecar may send megabytes.
+STATE_OF_THE_WORLD: Final = Wire(
+    "StreamAggregatedResources", _read_state, _write_state, incremental=False, remembered_bytes=8192
+)
+# Longer ones come once from each sidecar, and each has its own order of names.
+INCREMENTAL: Final = Wire(
+    "DeltaAggregatedResources", _read_delta, _write_delta, incremental=True, remembered_bytes=512
+)
 WIRES: Final = (STATE_OF_THE_WORLD, INCREMENTAL)
