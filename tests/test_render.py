@@ -16,7 +16,7 @@ from google.protobuf.any_pb2 import Any as ProtoAny
 from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
-from xds_harness import pair
+from xds_harness import pair, resources
 
 from meshdemo.apps.model import Route, Service
 from meshdemo.control import xds
@@ -292,6 +292,17 @@ def test_callers_know_the_instances_that_take_traffic() -> None:
 
 
 # -- sharing ----------------------------------------------------------------------------------------------
+
+
+def test_there_are_endpoints_for_every_cluster_that_asks_for_some() -> None:
+    # Else an incremental stream would name them as gone, and the cluster go on without any.
+    for snapshot in Renderer().snapshots(MESH, Intent()).values():
+        clusters = resources(snapshot, xds.CLUSTERS, Cluster).values()
+        asking = {
+            one.eds_cluster_config.service_name or one.name for one in clusters if one.type == Cluster.EDS
+        }
+        assert "service-b/v2" in asking
+        assert asking <= xds.names(snapshot[xds.ENDPOINTS])
 
 
 def test_what_is_equal_is_the_same_object_and_a_change_touches_its_own_alone() -> None:
