@@ -58,7 +58,7 @@ class _Subscription:
 
     def of(self, names: frozenset[str]) -> frozenset[str]:
         """Those of these names that the sidecar asks for."""
-        return names if EVERYTHING in self.names else names & self.names
+        return names if EVERYTHING in self.names or names <= self.names else names & self.names
 
 
 class _Differences(NamedTuple):
@@ -240,7 +240,7 @@ class Stream:
         if sent == wanted:
             return _ALIKE
         changed = subscription.of(xds.changed(sent, wanted))
-        lapsed = subscription.of(xds.names(sent) - xds.names(wanted))
+        lapsed = subscription.of(xds.lapsed(sent, wanted))
         rejected = subscription.rejected
         if self._whole(type_url) or not rejected & (changed | lapsed):
             return _Differences(changed, lapsed, _NONE)
@@ -264,16 +264,17 @@ class Stream:
             target = xds.with_gone(sent, wanted, subscription.rejected)
         if self._whole(type_url):
             return None if sent == target else _Due(target, xds.names(target), _NONE)
-        there = xds.names(wanted)
-        names, gone = changed | again | (subscription.missing & there), _NONE
-        if self.wire.incremental:
-            if type_url in self.wanted:  # else it is to wait
-                gone = subscription.missing - there
-            if type_url in xds.WHOLE:
-                # Of other types, a sidecar loses interest by itself: in the endpoints of a cluster that goes.
-                gone |= lapsed - xds.names(target)
+        names, gone = (changed | again if again else changed), _NONE
+        if self.wire.incremental and lapsed and type_url in xds.WHOLE:
+            # Of other types, a sidecar loses interest by itself: in the endpoints of a cluster that goes.
+            gone = lapsed - xds.names(target)
+        if missing := subscription.missing:
+            there = xds.names(wanted)
+            names |= missing & there
+            if self.wire.incremental and type_url in self.wanted:  # else it is to wait
+                gone |= missing - there
         first = type_url in xds.WHOLE and not sent  # there may be nothing, and it waits for that word
-        return _Due(target, names, gone) if names or gone or first else None
+        return _Due(target, shared(names), gone) if names or gone or first else None
 
     def _respond(self, type_url: str, subscription: _Subscription, due: _Due) -> bytes:
         if type_url == xds.CLUSTERS:
@@ -292,8 +293,8 @@ class Stream:
         if self._whole(type_url):
             subscription.missing = subscription.rejected = _NONE
         else:
-            subscription.missing -= about
-            subscription.rejected -= about
+            subscription.missing = (subscription.missing - about) or _NONE
+            subscription.rejected = (subscription.rejected - about) or _NONE
         unanswered = subscription.unanswered
         if not self.wire.incremental:
             unanswered.clear()  # only the last one will be answered

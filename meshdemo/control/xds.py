@@ -115,9 +115,18 @@ def version(bundles: Bundles) -> str:
 
 def names(bundles: Bundles) -> frozenset[str]:
     """The names of all resources in them."""
-    if len(bundles) == 1:
-        return bundles[0].names
+    return bundles[0].names if len(bundles) == 1 else _names_of_all(bundles)
+
+
+@lru_cache(maxsize=64)
+def _names_of_all(bundles: Bundles) -> frozenset[str]:
     return frozenset[str]().union(*(bundle.names for bundle in bundles))
+
+
+@lru_cache(maxsize=32)
+def lapsed(old: Bundles, new: Bundles) -> frozenset[str]:
+    """Names in `old` that are not in `new`."""
+    return names(old) - names(new)
 
 
 def changed(old: Bundles, new: Bundles) -> frozenset[str]:
@@ -151,7 +160,7 @@ def only_removes(old: Bundles, new: Bundles) -> bool:
 @lru_cache(maxsize=4)
 def with_gone(old: Bundles, new: Bundles, unknown: frozenset[str]) -> Bundles:
     """`new`, and what of `old` is no longer in it; of what is `unknown`, the name alone."""
-    gone = names(old) - names(new)
+    gone = lapsed(old, new)
     if not gone:
         return new
     kept = {name: data for name, data in _resources(old).items() if name in gone}
