@@ -301,10 +301,12 @@ class Stream:
         elif len(unanswered) >= _MOST_UNANSWERED:
             del unanswered[next(iter(unanswered))]
         unanswered[subscription.nonce] = _Sent(self.responses, about)
-        response = Response(
-            type_url, xds.version(due.target), subscription.nonce, due.target, due.names, due.gone
-        )
-        return self.wire.write(response)
+        bundles = due.target
+        if self.wire.incremental:
+            # Without those that nothing is sent of: then it is the same for all who get the same.
+            bundles = tuple(bundle for bundle in bundles if not due.names.isdisjoint(bundle.names))
+        version = xds.version(bundles)
+        return self.wire.write(Response(type_url, version, subscription.nonce, bundles, due.names, due.gone))
 
     # -- standing -----------------------------------------------------------------------------------------
 
