@@ -134,3 +134,52 @@ def test_two_begun_at_the_same_moment_choose_different_ports(
         (kind / "holding").write_text("")
         first.join()
     assert ups.port("m") == port.number
+
+
+# -- loading images ----------------------------------------------------------------------------------------
+
+# A node whose containerd has this configuration in the file `config`, and whose client takes what it is given,
+# or does not know how where there is a file `old`. kind writes down what it was asked for.
+_NODE = """
+case "$*" in
+  *"containerd config dump") cat config;;
+  *"images import --local --snapshotter"*) [ ! -e old ] || { echo "flag provided but not defined" >&2; exit 1; }
+    echo "$*" >> imported; cat > given;;
+esac
+"""
+_KIND_LOADS = """
+case "$1 $2" in
+  "version --quiet") echo 0.33.0;;
+  "load image-archive") echo "$*" >> loaded;;
+esac
+"""
+_CONFIGS = {
+    "containerd 2": "[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'native'\n",
+    "containerd 1.7": '[plugins."io.containerd.grpc.v1.cri".containerd]\nsnapshotter = "native"\n',
+}
+
+
+@pytest.mark.parametrize("config", _CONFIGS.values(), ids=_CONFIGS)
+def test_images_are_loaded_as_the_node_keeps_them(kind: Path, config: str) -> None:
+    stand_in(kind, "docker", _NODE)
+    stand_in(kind, "kind", _KIND_LOADS)
+    (kind / "config").write_text(config)
+    (kind / "images.tar").write_text("images")
+    Kind().load("c", kind / "images.tar", ["one", "two"])
+    imported = (kind / "imported").read_text().splitlines()
+    assert sorted(line.split()[2] for line in imported) == ["one", "two"]
+    assert all(line.endswith("--local --snapshotter native -") for line in imported)
+    assert (kind / "given").read_text() == "images"
+    assert not (kind / "loaded").exists()
+
+
+@pytest.mark.parametrize("config", [*_CONFIGS.values(), "", "not toml"])
+def test_what_a_node_cannot_take_in_is_left_to_kind(kind: Path, config: str) -> None:
+    stand_in(kind, "docker", _NODE)
+    stand_in(kind, "kind", _KIND_LOADS)
+    (kind / "old").touch()
+    (kind / "config").write_text(config)
+    (kind / "images.tar").write_text("images")
+    Kind().load("c", kind / "images.tar", ["one", "two"])
+    said = (kind / "loaded").read_text()
+    assert said == f"load image-archive {kind / 'images.tar'} --name c --nodes one,two\n"

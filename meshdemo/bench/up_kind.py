@@ -103,7 +103,7 @@ def _by_hand(options: UpOptions) -> Mapping[str, float]:
     with tempfile.TemporaryDirectory(prefix="meshdemo-") as folder:
         archive = Path(folder) / "images.tar"
         builder.save(references, archive)
-        kind.load(options.name, archive, kind.nodes(options.name))
+        kind.load_by_kind(options.name, archive, kind.nodes(options.name))
     # What is left is to apply everything, to wait, and to send a request.
     return run_steps(KubernetesRuntime(options.name, KIND).steps(options))
 
