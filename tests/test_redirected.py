@@ -278,12 +278,15 @@ def mesh() -> Iterator[tuple[Redirected, telemetry.Store]]:
     async def authenticate(metadata: Any) -> Instance | None:
         return await found.plane.authenticate(metadata)  # there is one by then
 
+    async def calm() -> None:
+        await found.plane.calm()
+
     with mesh_of(app) as plain, two_pods() as pods:
         plain.__class__ = Redirected
         found: Redirected = plain  # type: ignore[assignment]
         found.pods = pods
         found.folder.chmod(0o755)
-        found.extra = (telemetry.handler(store, authenticate, lambda _: None, home="m"),)
+        found.extra = (telemetry.handler(store, authenticate, lambda _: None, calm=calm, home="m"),)
         found.host = "0.0.0.0"  # noqa: S104 - the pods come by links of their own
         found.join(pods[0], "caller-1.shop", "account-default.shop", 1)
         its = found.join(pods[1], "web-1.shop", "web.shop", APP_PORT)

@@ -46,6 +46,9 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 )
 """Options that the gRPC server must be made with."""
 
+# How long a push may make no progress, and all of it may take, while what can wait gives way to it: less than
+# the time after which who reports nothing is called silent.
+_PROGRESS_S, _GIVE_WAY_S = 0.1, 2.0
 _REFUSALS_APART_S = 60.0
 _REFUSALS_KEPT = 1000
 
@@ -125,6 +128,10 @@ class Discovery:
         self._pushes: set[_Push] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused: dict[tuple[str, str], float] = {}  # (host, reason) -> when it was journalled
+        self._calm = asyncio.Event()  # no push is at work, or it gets nowhere
+        self._calm.set()
+        self._at_work = 0.0  # when anything was last sent or received (time.perf_counter())
+        self._look: asyncio.TimerHandle | None = None
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The gRPC service."""
@@ -162,6 +169,10 @@ class Discovery:
         late = [c.stream.instance.id for c in self._connections.values() if c.stream.lagging]
         affected = dict(push.pending)
         if affected:
+            if not self._pushes:
+                self._calm.clear()
+                self._at_work = push.started
+                self._look_for_calm(push.started + _GIVE_WAY_S)
             self._pushes.add(push)
             try:
                 async with asyncio.timeout(timeout_s):
@@ -172,12 +183,34 @@ class Discovery:
                     late.append(stream.instance.id)
             finally:
                 self._pushes.discard(push)
+                if not self._pushes:
+                    self._calm_down()
         nacks = [
             Nack(stream.instance.id, kind, error)
             for stream, responses in affected.items()
             for kind, error in stream.nacks(after=responses).items()
         ]
         return Outcome(push.confirmed, tuple(late), tuple(nacks), push.last_ack)
+
+    async def calm(self) -> None:
+        """Wait while a push is at work, and gets on: for what can wait, such as reports.
+
+        Thousands of sidecars report several times in the time that a change takes to reach them all.
+        """
+        await self._calm.wait()
+
+    def _look_for_calm(self, until: float) -> None:
+        now = time.perf_counter()
+        if now > min(until, self._at_work + _PROGRESS_S):
+            self._calm_down()
+        else:
+            self._look = asyncio.get_running_loop().call_later(_PROGRESS_S, self._look_for_calm, until)
+
+    def _calm_down(self) -> None:
+        self._calm.set()
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
 
     async def _send(self, connection: _Connection) -> None:
         """Send what may be sent now. A call that finds another at work leaves it to that one."""
@@ -187,6 +220,7 @@ class Discovery:
         try:
             while (response := connection.stream.next_response()) is not None:
                 await connection.context.write(response)
+                self._at_work = time.perf_counter()
         finally:
             connection.sending = False
         self._note(connection.stream)

@@ -151,6 +151,10 @@ class ControlPlane:
         token = bearer(metadata)
         return await self._authenticator.instance(token, self._mesh) if token else None
 
+    async def calm(self) -> None:
+        """Wait while a push is at work, and gets on (not for long): for what can wait."""
+        await self._discovery.calm()
+
     # -- what is ------------------------------------------------------------------------------------------
 
     @property

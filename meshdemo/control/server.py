@@ -163,7 +163,12 @@ async def serve(place: Place, backend: Backend | None = None) -> None:
         (
             *plane.handlers(),
             telemetry.handler(
-                store, plane.authenticate, totals.sample, plane.real_share, home=mesh.namespace
+                store,
+                plane.authenticate,
+                totals.sample,
+                plane.real_share,
+                calm=plane.calm,
+                home=mesh.namespace,
             ),
             tap.handler(),
         )

@@ -288,6 +288,7 @@ def handler(
     on_sample: Callable[[Sample], None],
     real: Callable[[Instance], float] = lambda _: 1.0,
     *,
+    calm: Callable[[], Awaitable[object]],
     home: str = HOME,
 ) -> grpc.GenericRpcHandler:
     """The OTLP metrics service on raw bytes: no message is built for an answer that is always the same.
@@ -296,6 +297,7 @@ def handler(
         authenticate: whose token a call carries; what it says of the instance counts, not the export.
         on_sample: told of each sample that was taken in.
         real: the share of what reaches an instance that is no copy of a request.
+        calm: returns when there is nothing more urgent to do. A report bears its own time and loses none.
         home: the mesh's namespace.
     """
 
@@ -304,6 +306,7 @@ def handler(
         if instance is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
             return b""  # not reached: abort raises
+        await calm()
         try:
             decoded = decode(raw, home)
         except Malformed as error:
