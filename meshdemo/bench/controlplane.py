@@ -235,9 +235,7 @@ class _Sidecars:
 
     def __enter__(self) -> _Sidecars:
         self.began = time.monotonic()
-        # What a change of threads costs grpc's client is not what is to be measured (see `startup`).
-        env = {"GRPC_EXPERIMENTS": "-event_engine_client"}
-        self._process = self._stage.start("sidecars", self._command, env=env, stdout=subprocess.PIPE)
+        self._process = self._stage.start("sidecars", self._command, stdout=subprocess.PIPE)
         threading.Thread(target=self._read, daemon=True).start()
         return self
 
