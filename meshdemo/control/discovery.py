@@ -46,9 +46,8 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 )
 """Options that the gRPC server must be made with."""
 
-# How long a push may make no progress, and all of it may take, while what can wait gives way to it: less than
-# the time after which who reports nothing is called silent.
-_PROGRESS_S, _GIVE_WAY_S = 0.1, 2.0
+# How long a push may make no progress, and all of it may take, while what can wait gives way to it.
+_PROGRESS_S, _GIVE_WAY_S = 0.1, 5.0
 _REFUSALS_APART_S = 60.0
 _REFUSALS_KEPT = 1000
 

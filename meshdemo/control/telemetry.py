@@ -146,6 +146,11 @@ class Store:
             self._condition.notify_all()
         return sample
 
+    def hear(self, instance: str) -> None:
+        """This instance's sidecar has sent an export, which will be added soon."""
+        if known := self._reporters.get(instance):
+            known.received = self._clock()
+
     def track(self, instances: Collection[str]) -> None:
         """These are the instances that should report; others are forgotten (their samples are kept)."""
         now = self._clock()
@@ -306,6 +311,7 @@ def handler(
         if instance is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
             return b""  # not reached: abort raises
+        store.hear(instance.id)
         await calm()
         try:
             decoded = decode(raw, home)
