@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ class Nodes:
     Args:
         fresh: the cluster is being made: its nodes lack everything, and are not there yet.
         expected: so many nodes there will be at least.
+        made: the cluster's making is over.
         left_s: the seconds that are left.
     """
 
@@ -71,13 +73,18 @@ class Nodes:
         *,
         fresh: bool,
         expected: int,
+        made: threading.Event,
         left_s: Callable[[], float],
     ) -> None:
         self._kind, self._builder, self._cluster = kind, builder, cluster
-        self._fresh, self._expected, self._left_s = fresh, expected, left_s
+        self._fresh, self._expected, self._made, self._left_s = fresh, expected, made, left_s
 
     def load(self, wanted: Iterable[str]) -> Work:
-        """Loads what the nodes lack; they take images long before Kubernetes is up on them."""
+        """Loads what the nodes lack, once the cluster is made.
+
+        They would take images before. But a cluster that boots wants all processors, and then waits for ten
+        seconds for kind's network (kindnetd finds its node at its second look), with nothing else to do.
+        """
         images_wanted = list(wanted)
 
         def run(tell: Tell) -> None:
@@ -86,6 +93,9 @@ class Nodes:
                 if self._fresh:
                     tell("saving")
                     self._builder.save(images_wanted, archive)
+                tell("waiting for the cluster")
+                while not self._made.is_set():
+                    pause(0.1)
                 lacking = self._lacking(images_wanted, tell)
                 needed = sorted({image for images_of in lacking.values() for image in images_of})
                 if not needed:

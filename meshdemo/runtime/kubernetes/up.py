@@ -1,12 +1,13 @@
 """Bringing a mesh up in a cluster: the steps, in the order that costs the least time.
 
-Images are built while the cluster boots, and are in its nodes before anything asks for them. Nothing that was
-made is undone when a later step fails: what is there is what the reason can be looked for in, and `up` again
-goes on from it. What `down` may remove is written down before it is made.
+Images are built while the cluster boots, and go into its nodes while it waits for its network. Nothing that
+was made is undone when a later step fails: what is there is what the reason can be looked for in, and `up`
+again goes on from it. What `down` may remove is written down before it is made.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -62,6 +63,7 @@ class _Up:
         self._runtime = runtime
         self._asked = Asked(runtime.kind, options)
         self._running: specs.MeshSpec | None = None
+        self._reached = threading.Event()
 
     # -- is there anything to do? --------------------------------------------------------------------------
 
@@ -189,7 +191,7 @@ class _Up:
         expected = 1 + self._asked.workers if fresh else 1
         return Nodes(
             self._kind, delivery.builder, self._asked.name,
-            fresh=fresh, expected=expected, left_s=self._asked.left_s,
+            fresh=fresh, expected=expected, made=self._reached, left_s=self._asked.left_s,
         )  # fmt: skip
 
     def _reach(self, tell: Tell) -> None:
@@ -207,6 +209,7 @@ class _Up:
                 f"the cluster runs Kubernetes {version[0]}.{version[1]}",
                 f"meshdemo needs {OLDEST[0]}.{OLDEST[1]} or newer (native sidecar containers)",
             )
+        self._reached.set()
 
     def _spread(self, tell: Tell) -> None:
         """kind waits for its first node alone, and the first worker that is ready would get all pods."""
