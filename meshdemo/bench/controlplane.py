@@ -27,7 +27,6 @@ from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import Crowd
 from meshdemo.bench.stage import Process, Stage, Tell, attempt, until
 from meshdemo.bench.stats import growth, quantile
-from meshdemo.control import startup
 from meshdemo.control.client import ControlClient
 from meshdemo.control.model import Effect, Instance, MeshState
 from meshdemo.files import write_atomic
@@ -208,7 +207,7 @@ class _ControlPlane:
             sys.executable, "-P", "-m", "meshdemo.control.server", "--state", str(self._state),
             "--grpc-port", str(self.grpc_port), "--http-port", str(self._http_port),
         ]  # fmt: skip
-        process = self._process = self._stage.start("control-plane", command, env=startup.ENVIRONMENT)
+        process = self._process = self._stage.start("control-plane", command)
         until("the control plane to listen", lambda: process.listens(self._http_port))
 
 

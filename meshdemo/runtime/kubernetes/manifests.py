@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from meshdemo.apps.model import App, Service
-from meshdemo.control import startup
 from meshdemo.control.bootstrap import Placement, bootstrap_files
 from meshdemo.control.ingress import CLASS, CONTROLLER
 from meshdemo.control.model import Instance
@@ -118,7 +117,6 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
                 "--mesh", spec.mesh, "--namespace", site.namespace, "--state", STATE_FOLDER,
                 "--api-token", f"{API_FOLDER}/token",
             ],
-            control_env=startup.ENVIRONMENT,
         ),
     }  # fmt: skip
     for service in spec.app.services:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from meshdemo.control import startup
 from meshdemo.control.client import ControlClient
 from meshdemo.errors import MeshdemoError
 from meshdemo.runtime.local.keeper import BoundedLog, Keeper, Plan, Reaper
@@ -125,8 +124,7 @@ class ControlPlane:
             "--hand", json.dumps([sys.executable, "-P", "-m", "meshdemo", "--name", self._paths.name]),
         ]  # fmt: skip
         # That command is to find this mesh, and no other, whatever the environment of `up` was.
-        env = {**startup.ENVIRONMENT, **self._environ, HOME: str(self._paths.state.parent)}
-        return Plan(command=command, env=env, cwd="/")
+        return Plan(command=command, env={**self._environ, HOME: str(self._paths.state.parent)}, cwd="/")
 
     def _port_lost(self) -> bool:
         if lost := renew_lost((self.grpc, self.http)):
