@@ -12,18 +12,17 @@ import grpc
 import pytest
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+from test_discovery import INSTANCE
 from test_telemetry import Message
 
 from meshdemo.control import discovery, telemetry, xds
 from meshdemo.control.discovery import Discovery
 from meshdemo.control.model import Instance
+from meshdemo.control.wire import SERVICE, STATE_OF_THE_WORLD
 
-ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
+ADS = f"/{SERVICE}/{STATE_OF_THE_WORLD.method}"
 OTLP = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 PATIENCE_S = 60.0
-INSTANCE = Instance(
-    id="i", service="s", version="v1", inbound_port=1, outbound_port=2, metrics_port=3, app_port=4
-)
 
 
 async def authenticate(_: Any) -> Instance:
@@ -72,19 +71,19 @@ def pushed(work: Callable[[Discovery, Sidecar, asyncio.Task[Any]], Awaitable[Non
             await work(served, sidecar, push)
             await sidecar.ask(await sidecar.sent())
             assert (await push).confirmed == 1
-            await served.calm()
+            await served.calm.wait()
 
     asyncio.run(asyncio.wait_for(go(), 2 * PATIENCE_S))
 
 
 def test_what_can_wait_waits_while_a_push_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "_PROGRESS_S", PATIENCE_S)
-    waiting: list[asyncio.Task[None]] = []
+    waiting: list[asyncio.Task[Any]] = []
     over: list[bool] = []  # was the push, when the waiting was?
 
     async def work(served: Discovery, _: Sidecar, push: asyncio.Task[Any]) -> None:
         await asyncio.sleep(0)  # the push begins
-        waiting.append(asyncio.create_task(served.calm()))
+        waiting.append(asyncio.create_task(served.calm.wait()))
         waiting[0].add_done_callback(lambda _: over.append(push.done()))
 
     pushed(work)
@@ -94,7 +93,7 @@ def test_what_can_wait_waits_while_a_push_gets_on(monkeypatch: pytest.MonkeyPatc
 def test_a_push_that_gets_nowhere_holds_nothing_up() -> None:
     async def work(served: Discovery, _: Sidecar, push: asyncio.Task[Any]) -> None:
         await asyncio.sleep(0)  # the push begins
-        await served.calm()
+        await served.calm.wait()
         assert not push.done()
 
     pushed(work)
@@ -105,7 +104,7 @@ def test_who_reports_meanwhile_is_not_silent_and_loses_nothing() -> None:
         now = [1000.0]
         store, calm = telemetry.Store(clock=lambda: now[0]), asyncio.Event()
         calm.set()
-        handler = telemetry.handler(store, authenticate, lambda _: None, calm=calm.wait)
+        handler = telemetry.handler(store, authenticate, lambda _: None, calm=calm)
         async with serving(handler) as channel:
             export = channel.unary_unary(OTLP)
 
@@ -128,5 +127,24 @@ def test_who_reports_meanwhile_is_not_silent_and_loses_nothing() -> None:
             calm.set()
             await waiting
             assert [sample.end for sample in store.window(60)] == [1000.0, now[0]]
+
+    asyncio.run(asyncio.wait_for(go(), 2 * PATIENCE_S))
+
+
+def test_what_nobody_understands_is_no_sign_of_life() -> None:
+    async def go() -> None:
+        now = [1000.0]
+        store, calm = telemetry.Store(clock=lambda: now[0]), asyncio.Event()
+        calm.set()
+        async with serving(telemetry.handler(store, authenticate, lambda _: None, calm=calm)) as channel:
+            export = channel.unary_unary(OTLP)
+            message = Message(999.0, 1000.0).count("inbound.requests", 5, caller="-", code="200")
+            await export(message.request.SerializeToString(), timeout=PATIENCE_S)
+            while not store.silent("i"):
+                now[0] += 1.0
+                store.beat()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await export(b"nonsense", timeout=PATIENCE_S)
+            assert store.silent("i")
 
     asyncio.run(asyncio.wait_for(go(), 2 * PATIENCE_S))

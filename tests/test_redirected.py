@@ -7,6 +7,7 @@ of gRPC, of metrics, of that protocol, and one that is not in the mesh.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import http.client
@@ -278,8 +279,8 @@ def mesh() -> Iterator[tuple[Redirected, telemetry.Store]]:
     async def authenticate(metadata: Any) -> Instance | None:
         return await found.plane.authenticate(metadata)  # there is one by then
 
-    async def calm() -> None:
-        await found.plane.calm()
+    calm = asyncio.Event()
+    calm.set()
 
     with mesh_of(app) as plain, two_pods() as pods:
         plain.__class__ = Redirected

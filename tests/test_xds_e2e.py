@@ -555,7 +555,7 @@ def ask(mesh: Mesh, token: str | None, request: Any) -> Any:
     options = (("grpc.ssl_target_name_override", "control-plane.meshdemo"),)
     with grpc.secure_channel(f"127.0.0.1:{mesh.control_port}", credentials, options) as channel:
         method = channel.stream_stream(
-            f"/envoy.service.discovery.v3.AggregatedDiscoveryService/{method_of.method}",
+            f"/{wire.SERVICE}/{method_of.method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=response.FromString,
         )

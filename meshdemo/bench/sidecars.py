@@ -29,9 +29,9 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 from meshdemo.control import xds
 from meshdemo.control.identity import CONTROL_PLANE_NAME, spiffe_id
 from meshdemo.control.signals import BOUNDS_MS
-from meshdemo.control.wire import INCREMENTAL
+from meshdemo.control.wire import INCREMENTAL, SERVICE
 
-_ADS = f"/envoy.service.discovery.v3.AggregatedDiscoveryService/{INCREMENTAL.method}"
+_ADS = f"/{SERVICE}/{INCREMENTAL.method}"
 _OTLP = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 
 # As in templates/envoy/bootstrap.yaml.j2: Envoy tries again after a random time of up to this (s).
@@ -256,8 +256,7 @@ class _Export:
         now = time.time_ns()
         for point in self._points:
             point.start_time_unix_nano, point.time_unix_nano = now - round(every_s * 1e9), now
-        data: bytes = self._request.SerializeToString()
-        return data
+        return _encoded(self._request)
 
 
 def main() -> None:

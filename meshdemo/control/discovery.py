@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from meshdemo.control import xds
 from meshdemo.control.model import Instance
 from meshdemo.control.stream import Doubts, Refused, Stream
-from meshdemo.control.wire import WIRES, Wire
+from meshdemo.control.wire import SERVICE, WIRES, Wire
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 )
 """Options that the gRPC server must be made with."""
 
-# How long a push may make no progress, and all of it may take, while what can wait gives way to it.
+# How long a push may send nothing, and all of it may take, while what can wait gives way to it.
 _PROGRESS_S, _GIVE_WAY_S = 0.1, 5.0
 _REFUSALS_APART_S = 60.0
 _REFUSALS_KEPT = 1000
@@ -127,15 +127,17 @@ class Discovery:
         self._pushes: set[_Push] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused: dict[tuple[str, str], float] = {}  # (host, reason) -> when it was journalled
-        self._calm = asyncio.Event()  # no push is at work, or it gets nowhere
-        self._calm.set()
-        self._at_work = 0.0  # when anything was last sent or received (time.perf_counter())
+        # No push is at work, or it gets nowhere. What can wait waits for this: thousands of sidecars report
+        # several times in the time that a change takes to reach them all.
+        self.calm = asyncio.Event()
+        self.calm.set()
+        self._sent_at = 0.0  # when a response was last sent (time.perf_counter())
         self._look: asyncio.TimerHandle | None = None
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The gRPC service."""
         return grpc.method_handlers_generic_handler(
-            "envoy.service.discovery.v3.AggregatedDiscoveryService",
+            SERVICE,
             {
                 wire.method: grpc.stream_stream_rpc_method_handler(partial(self._serve, wire))
                 for wire in WIRES
@@ -169,8 +171,8 @@ class Discovery:
         affected = dict(push.pending)
         if affected:
             if not self._pushes:
-                self._calm.clear()
-                self._at_work = push.started
+                self.calm.clear()
+                self._sent_at = push.started
                 self._look_for_calm(push.started + _GIVE_WAY_S)
             self._pushes.add(push)
             try:
@@ -191,22 +193,15 @@ class Discovery:
         ]
         return Outcome(push.confirmed, tuple(late), tuple(nacks), push.last_ack)
 
-    async def calm(self) -> None:
-        """Wait while a push is at work, and gets on: for what can wait, such as reports.
-
-        Thousands of sidecars report several times in the time that a change takes to reach them all.
-        """
-        await self._calm.wait()
-
     def _look_for_calm(self, until: float) -> None:
         now = time.perf_counter()
-        if now > min(until, self._at_work + _PROGRESS_S):
+        if now > min(until, self._sent_at + _PROGRESS_S):
             self._calm_down()
         else:
             self._look = asyncio.get_running_loop().call_later(_PROGRESS_S, self._look_for_calm, until)
 
     def _calm_down(self) -> None:
-        self._calm.set()
+        self.calm.set()
         if self._look is not None:
             self._look.cancel()
             self._look = None
@@ -219,7 +214,7 @@ class Discovery:
         try:
             while (response := connection.stream.next_response()) is not None:
                 await connection.context.write(response)
-                self._at_work = time.perf_counter()
+                self._sent_at = time.perf_counter()
         finally:
             connection.sending = False
         self._note(connection.stream)

@@ -151,9 +151,10 @@ class ControlPlane:
         token = bearer(metadata)
         return await self._authenticator.instance(token, self._mesh) if token else None
 
-    async def calm(self) -> None:
-        """Wait while a push is at work, and gets on (not for long): for what can wait."""
-        await self._discovery.calm()
+    @property
+    def calm(self) -> asyncio.Event:
+        """Set unless a push is at work, and gets on; then what can wait waits for it (not for long)."""
+        return self._discovery.calm
 
     # -- what is ------------------------------------------------------------------------------------------
 

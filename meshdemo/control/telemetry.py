@@ -18,6 +18,7 @@ a few hundred bytes each, and the oldest go when there are too many.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import marshal
 import threading
@@ -293,7 +294,7 @@ def handler(
     on_sample: Callable[[Sample], None],
     real: Callable[[Instance], float] = lambda _: 1.0,
     *,
-    calm: Callable[[], Awaitable[object]],
+    calm: asyncio.Event,
     home: str = HOME,
 ) -> grpc.GenericRpcHandler:
     """The OTLP metrics service on raw bytes: no message is built for an answer that is always the same.
@@ -302,7 +303,7 @@ def handler(
         authenticate: whose token a call carries; what it says of the instance counts, not the export.
         on_sample: told of each sample that was taken in.
         real: the share of what reaches an instance that is no copy of a request.
-        calm: returns when there is nothing more urgent to do. A report bears its own time and loses none.
+        calm: set when there is nothing more urgent to do. A report bears its own time and loses none.
         home: the mesh's namespace.
     """
 
@@ -311,8 +312,9 @@ def handler(
         if instance is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
             return b""  # not reached: abort raises
-        store.hear(instance.id)
-        await calm()
+        if not calm.is_set():
+            store.hear(instance.id)
+            await calm.wait()
         try:
             decoded = decode(raw, home)
         except Malformed as error:

@@ -21,6 +21,9 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Disc
 
 from meshdemo.control import xds
 
+SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+"""The gRPC service whose methods speak them."""
+
 EVERYTHING: Final = "*"
 """The name that stands for everything of a type."""
 
@@ -67,7 +70,7 @@ class Wire:
         incremental: bool,
         remembered_bytes: int,
     ) -> None:
-        """`method` of the AggregatedDiscoveryService speaks it.
+        """`method` of `SERVICE` speaks it.
 
         Args:
             remembered_bytes: requests up to this size are kept once they are read.
