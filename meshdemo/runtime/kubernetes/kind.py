@@ -139,8 +139,7 @@ class Kind:
         """Load the images of an archive into nodes; those of this machine's platform, if there are more.
 
         `kind load` has containerd's transfer service take them in. Its client does the same in half the
-        processor time, and while a cluster boots that is what there is least of. Nodes that cannot do so are
-        left to kind.
+        processor time. Nodes that cannot do so are left to kind.
         """
         with ThreadPoolExecutor(max(1, len(nodes))) as threads:
             loaded = list(threads.map(partial(self._import, archive), nodes))
