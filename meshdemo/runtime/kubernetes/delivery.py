@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from meshdemo.errors import Failed
 from meshdemo.runtime.kubernetes import images, manifests
 from meshdemo.runtime.kubernetes.kind import Kind, Tell
-from meshdemo.runtime.steps import pause
 
 Work = Callable[[Tell], None]
 """What a step does; it tells what it is doing right now."""
@@ -55,70 +52,55 @@ class Delivery:
         return [image for image in wanted if self.builder.has(image)]
 
 
-class Nodes:
-    """The nodes of a kind cluster, which have no registry to pull from.
+class Loading:
+    """The loading of images into the nodes of a kind cluster, which have no registry to pull from.
 
     Args:
-        fresh: the cluster is being made: its nodes lack everything, and are not there yet.
-        expected: so many nodes there will be at least.
-        made: the cluster's making is over.
-        left_s: the seconds that are left.
+        wanted: what the images are called.
     """
 
-    def __init__(
-        self,
-        kind: Kind,
-        builder: images.Builder,
-        cluster: str,
-        *,
-        fresh: bool,
-        expected: int,
-        made: threading.Event,
-        left_s: Callable[[], float],
-    ) -> None:
+    def __init__(self, kind: Kind, builder: images.Builder, cluster: str, wanted: Iterable[str]) -> None:
         self._kind, self._builder, self._cluster = kind, builder, cluster
-        self._fresh, self._expected, self._made, self._left_s = fresh, expected, made, left_s
+        self._wanted = list(wanted)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def load(self, wanted: Iterable[str]) -> Work:
-        """Loads what the nodes lack, once the cluster is made.
+    def save(self, tell: Tell) -> None:
+        """Save all of them to a file, for nodes that have yet to be made."""
+        self._save(self._wanted)
 
-        They would take images before. But a cluster that boots wants all processors, and then waits for ten
-        seconds for kind's network (kindnetd finds its node at its second look), with nothing else to do.
+    def load(self, tell: Tell) -> None:
+        """Load what the nodes lack.
+
+        They would take images while they boot. But a cluster that boots wants all processors, and then waits
+        for ten seconds for kind's network (kindnetd finds its node at its second look), with nothing else
+        to do.
         """
-        images_wanted = list(wanted)
+        try:
+            lacking = {
+                node: self._kind.missing(node, self._wanted) for node in self._kind.nodes(self._cluster)
+            }
+            needed = sorted({image for images_of in lacking.values() for image in images_of})
+            if not needed:
+                return
+            if self._folder is None:
+                tell("saving")
+                self._save(needed)
+            tell("loading")
+            self._kind.load(self._cluster, self._archive, [node for node, some in lacking.items() if some])
+        finally:
+            self.remove()
 
-        def run(tell: Tell) -> None:
-            with tempfile.TemporaryDirectory(prefix="meshdemo-") as folder:
-                archive = Path(folder) / "images.tar"
-                if self._fresh:
-                    tell("saving")
-                    self._builder.save(images_wanted, archive)
-                tell("waiting for the cluster")
-                while not self._made.is_set():
-                    pause(0.1)
-                lacking = self._lacking(images_wanted, tell)
-                needed = sorted({image for images_of in lacking.values() for image in images_of})
-                if not needed:
-                    return
-                if not archive.exists():
-                    tell("saving")
-                    self._builder.save(needed, archive)
-                tell("loading")
-                nodes = [node for node, images_of in lacking.items() if images_of]
-                self._kind.load(self._cluster, archive, nodes)
+    def remove(self) -> None:
+        """Remove the file."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
-        return run
+    def _save(self, images_needed: Sequence[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="meshdemo-")
+        self._builder.save(images_needed, self._archive)
 
-    def _lacking(self, wanted: Sequence[str], tell: Tell) -> dict[str, list[str]]:
-        """Which images each node lacks, once all of them can say so."""
-        while True:
-            nodes = self._kind.nodes(self._cluster)
-            try:
-                lacking = {node: self._kind.missing(node, wanted) for node in nodes}
-                if len(nodes) >= self._expected:
-                    return lacking
-            except (Failed, ValueError):
-                if self._left_s() <= 1:
-                    raise
-            tell("waiting for the nodes")
-            pause(0.5)
+    @property
+    def _archive(self) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / "images.tar"

@@ -7,9 +7,8 @@ again goes on from it. What `down` may remove is written down before it is made.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from meshdemo.kube import ApiError
 from meshdemo.runtime.base import Step, UpOptions
 from meshdemo.runtime.kubernetes import apply, images, kind_cluster, manifests, record
 from meshdemo.runtime.kubernetes.asked import WATCH, Asked
-from meshdemo.runtime.kubernetes.delivery import Delivery, Nodes, Work
+from meshdemo.runtime.kubernetes.delivery import Delivery, Loading, Work
 from meshdemo.runtime.kubernetes.kind import CLEAR_S, Kind, Tell
 from meshdemo.runtime.kubernetes.record import Record
 from meshdemo.runtime.kubernetes.rollout import Rollout
@@ -63,7 +62,6 @@ class _Up:
         self._runtime = runtime
         self._asked = Asked(runtime.kind, options)
         self._running: specs.MeshSpec | None = None
-        self._reached = threading.Event()
 
     # -- is there anything to do? --------------------------------------------------------------------------
 
@@ -112,9 +110,11 @@ class _Up:
         asked, on_kind = self._asked, self._asked.on_kind
         found: list[Step] = []
 
-        def step(title: str, run: Work, *after: Step, settle_s: float = 5.0) -> Step:
+        def step(
+            title: str, run: Work, *after: Step, undo: Callable[[], None] | None = None, settle_s: float = 5.0
+        ) -> Step:
             detail, titles = _Detail(), [one.title for one in after]
-            made = Step(title, lambda: run(detail.tell), after=titles, detail=detail, settle_s=settle_s)
+            made = Step(title, lambda: run(detail.tell), undo, titles, detail, settle_s)
             found.append(made)
             return made
 
@@ -136,12 +136,13 @@ class _Up:
         there = builds
         welcome: list[Step] = []
         if on_kind:
-            nodes = self._nodes(delivery)
-            there = [
-                step("Loading the images into the nodes", nodes.load(asked.references.values()), *builds)
-            ]
+            loading = Loading(self._kind, delivery.builder, asked.name, asked.references.values())
+            if self._makes_cluster:
+                there = [step("Saving the images", loading.save, *builds, undo=loading.remove)]
+            there = [step("Loading the images into the nodes", loading.load, cluster, *there)]
             if asked.observes and (known := delivery.observability_at_hand()):
-                welcome = [step("Loading Prometheus and Grafana into the nodes", nodes.load(known), *there)]
+                also = Loading(self._kind, delivery.builder, asked.name, known)
+                welcome = [step("Loading Prometheus and Grafana into the nodes", also.load, *there)]
             if self._makes_cluster and asked.workers:
                 there = [*there, step("Waiting for the nodes", self._spread, cluster)]
         elif asked.registry:
@@ -186,14 +187,6 @@ class _Up:
     def _makes_cluster(self) -> bool:
         return self._asked.name not in self._kind.clusters()
 
-    def _nodes(self, delivery: Delivery) -> Nodes:
-        fresh = self._makes_cluster
-        expected = 1 + self._asked.workers if fresh else 1
-        return Nodes(
-            self._kind, delivery.builder, self._asked.name,
-            fresh=fresh, expected=expected, made=self._reached, left_s=self._asked.left_s,
-        )  # fmt: skip
-
     def _reach(self, tell: Tell) -> None:
         if self._asked.on_kind:
             self._reach_kind(tell)
@@ -209,7 +202,6 @@ class _Up:
                 f"the cluster runs Kubernetes {version[0]}.{version[1]}",
                 f"meshdemo needs {OLDEST[0]}.{OLDEST[1]} or newer (native sidecar containers)",
             )
-        self._reached.set()
 
     def _spread(self, tell: Tell) -> None:
         """kind waits for its first node alone, and the first worker that is ready would get all pods."""
