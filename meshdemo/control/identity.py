@@ -22,6 +22,7 @@ import ipaddress
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -73,12 +74,29 @@ class Certificate:
     expires_at: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Root:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
     crossed: tuple[x509.Certificate, ...] = ()
     """This root as the one before it vouches for it, that one as its own predecessor does, and so on."""
+
+    @cached_property
+    def leaf(self) -> x509.CertificateBuilder:
+        """What all certificates have in common that it signs. A thousand sidecars come back at once."""
+        return (
+            x509.CertificateBuilder()
+            # An empty subject: the name is in the SAN, which is critical for that (RFC 5280, 4.1.2.6).
+            .subject_name(x509.Name([]))
+            .issuer_name(self.certificate.subject)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+                critical=False,
+            )
+            .add_extension(_authority_key_id(self.certificate), critical=False)
+        )
 
     def pem(self) -> bytes:
         """Key and certificates in one file, so that they cannot come apart."""
@@ -149,24 +167,12 @@ class Authority:
     ) -> Certificate:
         key = ec.generate_private_key(ec.SECP256R1())
         start = _utc(now)
-        root = self._root.certificate
         certificate = (
-            x509.CertificateBuilder()
-            # An empty subject: the name is in the SAN, which is critical for that (RFC 5280, 4.1.2.6).
-            .subject_name(x509.Name([]))
-            .issuer_name(root.subject)
-            .public_key(key.public_key())
+            self._root.leaf.public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(start - _CLOCK_SKEW)
             .not_valid_after(start + dt.timedelta(seconds=lifetime_s))
             .add_extension(x509.SubjectAlternativeName(names), critical=True)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(signs_certificates=False), critical=True)
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                critical=False,
-            )
-            .add_extension(_authority_key_id(root), critical=False)
             .sign(self._root.key, hashes.SHA256())
         )
         # Spread, so that sidecars that connected together do not all renew at once.
