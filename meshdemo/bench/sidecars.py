@@ -34,8 +34,10 @@ from meshdemo.control.wire import INCREMENTAL, SERVICE
 _ADS = f"/{SERVICE}/{INCREMENTAL.method}"
 _OTLP = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 
-# As in templates/envoy/bootstrap.yaml.j2: Envoy tries again after a random time of up to this (s).
+# As in templates/envoy/bootstrap.yaml.j2: Envoy tries again after a random time of up to this (s), and gives
+# a connection so long to be made, its TLS handshake with it.
 _BACKOFF_S, _MOST_BACKOFF_S = 0.1, 1.0
+_CONNECT_S = 5.0
 
 # What a sidecar asks for when it has got what stands before it.
 _NEXT = {
@@ -121,7 +123,9 @@ class _Sidecar:
             ("grpc.ssl_target_name_override", CONTROL_PLANE_NAME),
             ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
             ("grpc.initial_reconnect_backoff_ms", round(_BACKOFF_S * 1000)),
-            ("grpc.min_reconnect_backoff_ms", round(_BACKOFF_S * 1000)),
+            # The time for a connection, whatever it is called: with less, whoever comes back in a crowd gives
+            # up half-way through its handshake, and begins another.
+            ("grpc.min_reconnect_backoff_ms", round(_CONNECT_S * 1000)),
             ("grpc.max_reconnect_backoff_ms", round(_MOST_BACKOFF_S * 1000)),
             ("grpc.http2.bdp_probe", 0),
             ("grpc.max_receive_message_length", -1),
@@ -148,7 +152,7 @@ class _Sidecar:
             try:
                 if await self._stream():
                     failures = 0
-            except grpc.aio.AioRpcError:
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter where one writes to it
                 pass
             failures += 1
             most_s = min(_MOST_BACKOFF_S, _BACKOFF_S * 2**failures)
@@ -156,7 +160,8 @@ class _Sidecar:
 
     async def _stream(self) -> bool:
         """One stream until it ends; was it of any use?"""
-        call = self._channel.stream_stream(_ADS)(metadata=self._metadata)
+        # The channel goes on connecting, for less than it costs to be told each time that it failed.
+        call = self._channel.stream_stream(_ADS)(metadata=self._metadata, wait_for_ready=True)
         back = bool(self._versions)  # then it asks for everything at once
         warming: set[str] = set()
         unconfirmed: list[bytes] = []  # clusters
