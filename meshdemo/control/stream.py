@@ -213,7 +213,7 @@ class Stream:
             wanted = self.wanted.get(type_url, ())
             if subscription.sent is not wanted:
                 subscription.sent = wanted
-                subscription.rejected &= xds.names(wanted)
+                subscription.rejected = xds.among(wanted, subscription.rejected)
         return None
 
     def _order(self) -> Sequence[str]:
@@ -228,12 +228,12 @@ class Stream:
         if clusters is None or not clusters.unanswered:
             return self._owes()
         # What is to go need not get warm.
-        there = xds.names(self.wanted.get(xds.CLUSTERS, ()))
-        return self._owes() or any(one.names & there for one in clusters.unanswered.values())
+        wanted = self.wanted.get(xds.CLUSTERS, ())
+        return self._owes() or any(xds.among(wanted, one.names) for one in clusters.unanswered.values())
 
     def _owes(self) -> bool:
         """Are there endpoints that a changed cluster waits for?"""
-        return bool(self._owed and self._owed & xds.names(self.wanted.get(xds.ENDPOINTS, ())))
+        return bool(xds.among(self.wanted.get(xds.ENDPOINTS, ()), self._owed))
 
     def _differences(self, type_url: str, subscription: _Subscription) -> _Differences:
         wanted, sent = self.wanted.get(type_url, ()), subscription.sent
@@ -269,8 +269,8 @@ class Stream:
             # Of other types, a sidecar loses interest by itself: in the endpoints of a cluster that goes.
             gone = lapsed - xds.names(target)
         if missing := subscription.missing:
-            there = xds.names(wanted)
-            names |= missing & there
+            there = xds.among(wanted, missing)
+            names |= there
             if self.wire.incremental and type_url in self.wanted:  # else it is to wait
                 gone |= missing - there
         first = type_url in xds.WHOLE and not sent  # there may be nothing, and it waits for that word

@@ -118,6 +118,13 @@ def names(bundles: Bundles) -> frozenset[str]:
     return bundles[0].names if len(bundles) == 1 else _names_of_all(bundles)
 
 
+def among(bundles: Bundles, some: frozenset[str]) -> frozenset[str]:
+    """Those of `some` (mostly few) that are names in them."""
+    if not some:
+        return some
+    return frozenset[str]().union(*(some & bundle.names for bundle in bundles))
+
+
 @lru_cache(maxsize=64)
 def _names_of_all(bundles: Bundles) -> frozenset[str]:
     return frozenset[str]().union(*(bundle.names for bundle in bundles))
