@@ -145,8 +145,7 @@ class Stream:
             subscription.sent = xds.held(wanted, versions)
         elif type_url in xds.WHOLE and request.version == xds.version(wanted) and not doubts:
             subscription.sent = wanted
-        has = xds.names(subscription.sent) & xds.names(wanted)
-        subscription.missing -= has
+        subscription.missing -= xds.among(wanted, xds.names(subscription.sent))
         if type_url == xds.ENDPOINTS:
             subscription.missing |= self._owed & subscription.names
         return subscription
@@ -193,8 +192,8 @@ class Stream:
         if request.node and request.node not in (self.instance.id, parted(self.instance.id, "")[0]):
             raise Refused(f"says that it is '{request.node}'")
         if request.type_url == xds.SECRETS:
-            own = xds.names(self.wanted.get(xds.SECRETS, ()))
-            for name in sorted((request.names | {name for name, _ in request.versions}) - own):
+            named = request.names | {name for name, _ in request.versions}
+            for name in sorted(named - xds.among(self.wanted.get(xds.SECRETS, ()), named)):
                 raise Refused(f"asks for the secret '{name}'")
 
     # -- responses ----------------------------------------------------------------------------------------
@@ -245,8 +244,8 @@ class Stream:
         if self._whole(type_url) or not rejected & (changed | lapsed):
             return _Differences(changed, lapsed, _NONE)
         # Nobody knows what the sidecar has taken of a response that it rejected: all of it is put right.
-        there = xds.names(wanted)
-        return _Differences(changed, lapsed | (rejected - there), rejected & there)
+        there = xds.among(wanted, rejected)
+        return _Differences(changed, lapsed | (rejected - there), there)
 
     def _whole(self, type_url: str) -> bool:
         """Does a response hold everything of this type, and what is not in it goes?"""

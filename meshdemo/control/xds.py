@@ -119,7 +119,7 @@ def names(bundles: Bundles) -> frozenset[str]:
 
 
 def among(bundles: Bundles, some: frozenset[str]) -> frozenset[str]:
-    """Those of `some` (mostly few) that are names in them."""
+    """Those of `some` that are names in them: without `names`, whose set is another one for each instance."""
     if not some:
         return some
     return frozenset[str]().union(*(some & bundle.names for bundle in bundles))

@@ -114,7 +114,9 @@ class _Up:
             title: str, run: Work, *after: Step, undo: Callable[[], None] | None = None, settle_s: float = 5.0
         ) -> Step:
             detail, titles = _Detail(), [one.title for one in after]
-            made = Step(title, lambda: run(detail.tell), undo, titles, detail, settle_s)
+            made = Step(
+                title, lambda: run(detail.tell), undo=undo, after=titles, detail=detail, settle_s=settle_s
+            )
             found.append(made)
             return made
 
