@@ -61,6 +61,17 @@ def test_the_mesh_is_up_and_secured(mesh: Mesh) -> None:
     assert row["success_rate"] == 1
 
 
+def test_the_network_is_the_one_that_kind_itself_makes(mesh: Mesh) -> None:
+    """`up` gives it earlier; kindnetd writes the same again, at its second look."""
+    (node,) = mesh.cluster.find("Node")
+    at_node = ["exec", node["metadata"]["name"], "cat"]
+    mtu = int(docker(*at_node, "/sys/class/net/eth0/mtu"))
+    ours = kind.cni_config(node["spec"]["podCIDRs"], mtu)
+    read = lambda: docker(*at_node, "/etc/cni/net.d/10-kindnet.conflist")  # noqa: E731
+    until(lambda: read().strip() != ours, "kindnetd's own")
+    assert json.loads(read()) == json.loads(ours)
+
+
 def test_up_again_changes_nothing_that_is_right(mesh: Mesh) -> None:
     pods = {pod["metadata"]["uid"] for pod in mesh.cluster.find("Pod", mesh.name)}
     assert "nothing to change" in mesh.run("up", "--runtime", "kind", "--rps", "100")

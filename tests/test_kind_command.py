@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -136,12 +137,36 @@ def test_two_begun_at_the_same_moment_choose_different_ports(
     assert ups.port("m") == port.number
 
 
+# -- the pods' network -------------------------------------------------------------------------------------
+
+
+def test_the_network_is_given_in_one_piece(kind: Path) -> None:
+    stand_in(kind, "docker", _NODE)
+    stand_in(kind, "kind", _KIND_LOADS)
+    assert Kind().give_network("node", ["10.244.0.0/24", "fd00:10:244::/64"])
+    ptp = json.loads((kind / "config-given").read_text())["plugins"][0]
+    assert ptp["mtu"] == 1450
+    assert ptp["ipam"]["ranges"] == [[{"subnet": "10.244.0.0/24"}], [{"subnet": "fd00:10:244::/64"}]]
+    assert ptp["ipam"]["routes"] == [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+
+
+def test_a_network_that_is_not_ours_to_give_is_left_to_kind(kind: Path) -> None:
+    stand_in(kind, "docker", _NODE)
+    stand_in(kind, "kind", _KIND_LOADS)
+    (kind / "old").touch()
+    assert not Kind().give_network("node", ["10.244.0.0/24"])
+    assert not (kind / "config-given").exists()
+
+
 # -- loading images ----------------------------------------------------------------------------------------
 
 # A node whose containerd has this configuration in the file `config`, and whose client takes what it is given,
-# or does not know how where there is a file `old`. kind writes down what it was asked for.
+# or does not know how where there is a file `old`; its network then is another one, too. kind writes down what
+# it was asked for.
 _NODE = """
 case "$*" in
+  *"cat /sys/class/net/eth0/mtu") echo 1450;;
+  *"grep -q kindnetd"*) [ ! -e old ] || exit 1; cat > config-given;;
   *"containerd config dump") cat config;;
   *"images import --local --snapshotter"*) [ ! -e old ] || { echo "flag provided but not defined" >&2; exit 1; }
     echo "$*" >> imported; cat > given;;

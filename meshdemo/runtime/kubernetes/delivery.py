@@ -71,9 +71,7 @@ class Loading:
     def load(self, tell: Tell) -> None:
         """Load what the nodes lack.
 
-        They would take images while they boot. But a cluster that boots wants all processors, and then waits
-        for ten seconds for kind's network (kindnetd finds its node at its second look), with nothing else
-        to do.
+        They would take images while they boot; but a cluster that boots wants all processors.
         """
         try:
             lacking = {

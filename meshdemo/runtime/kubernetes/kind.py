@@ -7,12 +7,14 @@ The user's own kubeconfig is never touched: a cluster's access is written to a f
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +29,16 @@ from meshdemo.runtime.steps import pause
 OLDEST = (0, 23)  # its nodes run Kubernetes 1.30, the first with all that the manifests ask for
 CLEAR_S = 30.0  # how long removing what a killed kind began may take
 _QUIET_S = 3.0  # without a new container for so long, Docker is not at work on any
+
+# Where kind's own network is to come, and has not. The file appears whole, and never in place of another.
+_GIVE_NETWORK = """
+grep -q kindnetd /kind/manifests/default-cni.yaml
+for plugin in ptp host-local portmap; do test -x /opt/cni/bin/$plugin; done
+cd /etc/cni/net.d
+cat > .meshdemo
+mv -n .meshdemo 10-kindnet.conflist
+rm -f .meshdemo
+"""
 
 Tell = Callable[[str], None]
 
@@ -135,6 +147,25 @@ class Kind:
         there = {_bare(tag) for image in json.loads(said)["images"] for tag in image["repoTags"]}
         return [image for image in images if _bare(image) not in there]
 
+    def give_network(self, node: str, ranges: Sequence[str]) -> bool:
+        """Give the pods of a node their network, of these address ranges; False where that is not for us.
+
+        It is what kind's own kindnetd does for its node, ten seconds later: its first look, at a cache that
+        has yet to be filled, finds no node at all, and its second one comes after ten seconds
+        (images/kindnetd of kind). It then writes the same once more. The routes to other nodes are left to
+        it; so this is of use to a node that is the only one.
+        """
+        at_node = [self._docker, "exec", "--interactive", node]
+        try:
+            mtu = int(_run([*at_node, "cat", "/sys/class/net/eth0/mtu"]))
+            with tempfile.TemporaryFile() as config:
+                config.write(cni_config(ranges, mtu).encode())
+                config.seek(0)
+                _run([*at_node, "sh", "-ec", _GIVE_NETWORK], given=config)
+        except (Failed, ValueError):
+            return False
+        return True
+
     def load(self, cluster: str, archive: Path, nodes: Sequence[str]) -> None:
         """Load the images of an archive into nodes; those of this machine's platform, if there are more.
 
@@ -170,6 +201,27 @@ def outdated(version: str) -> str:
     if match is None or (int(match[1]), int(match[2])) >= OLDEST:
         return ""
     return f"install kind {'.'.join(map(str, OLDEST))} or newer"
+
+
+def cni_config(ranges: Iterable[str], mtu: int) -> str:
+    """How pods are connected, as kindnetd writes it (`cniConfigTemplate` in cmd/kindnetd/cni.go of kind).
+
+    Args:
+        ranges: of addresses, for the pods of one node.
+        mtu: of the node's own interface (bytes).
+    """
+    networks = [ipaddress.ip_network(one) for one in ranges]
+    addresses = {
+        "type": "host-local",
+        "dataDir": "/run/cni-ipam-state",
+        "routes": [{"dst": "0.0.0.0/0" if one.version == 4 else "::/0"} for one in networks],
+        "ranges": [[{"subnet": str(one)}] for one in networks],
+    }
+    plugins = [
+        {"type": "ptp", "ipMasq": False, "ipam": addresses, "mtu": mtu},
+        {"type": "portmap", "capabilities": {"portMappings": True}},
+    ]
+    return json.dumps({"cniVersion": "0.3.1", "name": "kindnet", "plugins": plugins})
 
 
 def snapshotter_of(config: str) -> str:

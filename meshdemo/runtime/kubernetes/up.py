@@ -1,8 +1,8 @@
 """Bringing a mesh up in a cluster: the steps, in the order that costs the least time.
 
-Images are built while the cluster boots, and go into its nodes while it waits for its network. Nothing that
-was made is undone when a later step fails: what is there is what the reason can be looked for in, and `up`
-again goes on from it. What `down` may remove is written down before it is made.
+Images are built while the cluster boots, and go into its nodes as soon as it is there. Nothing that was made
+is undone when a later step fails: what is there is what the reason can be looked for in, and `up` again goes
+on from it. What `down` may remove is written down before it is made.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from meshdemo.runtime.kubernetes.runtime import KubernetesRuntime
 
 OLDEST = (1, 30)  # native sidecars and the `sleep` of preStop by default
+_NETWORK_S = 15.0  # a node has its addresses 1 to 3 s after its cluster is there
 _NODES_S = 90.0  # a worker of kind is ready 10 to 20 s after it has joined
 
 
@@ -132,6 +133,8 @@ class _Up:
         if on_kind and self._makes_cluster:
             # One that is half made is removed again, and that takes a while.
             cluster = step("Making the kind cluster", self._reach, settle_s=CLEAR_S + 5.0)
+            if not asked.workers:
+                step("Setting up the pods' network", self._give_network, cluster)
         else:
             cluster = step("Reaching the cluster", self._reach)
         builds = [step(f"Building {names}", delivery.build(group)) for names, group in delivery.groups()]
@@ -204,6 +207,17 @@ class _Up:
                 f"the cluster runs Kubernetes {version[0]}.{version[1]}",
                 f"meshdemo needs {OLDEST[0]}.{OLDEST[1]} or newer (native sidecar containers)",
             )
+
+    def _give_network(self, tell: Tell) -> None:
+        """Spare the only node of a new cluster the wait for kind's own network, which comes in any case."""
+        cluster = self._runtime.cluster
+        until = time.monotonic() + _NETWORK_S
+        while time.monotonic() < until:
+            for node in cluster.find("Node"):
+                if ranges := node["spec"].get("podCIDRs"):
+                    self._kind.give_network(node["metadata"]["name"], ranges)
+                    return
+            pause(0.1)
 
     def _spread(self, tell: Tell) -> None:
         """kind waits for its first node alone, and the first worker that is ready would get all pods."""
