@@ -231,6 +231,12 @@ async function loadHistory() {
   } catch { /* the stream says that the control plane is gone, and this is called again once it is back */ }
 }
 
+const AWAY = "The control plane does not answer; trying again.";
+function trouble(text) {
+  setText(by("summary"), `✗ ${text}`);
+  setAttribute(by("summary"), "class", "bad");
+}
+
 function connect() {
   follow("/v1/stream", {
     opened: () => { journal = []; if (chosen) loadHistory(); },
@@ -238,10 +244,7 @@ function connect() {
       if (name === "journal") journal = [...journal, ...JSON.parse(data)].slice(-EVENTS);
       else if (name === "snapshot") take(data);
     },
-    lost: (refused) => {
-      setText(by("summary"), refused ? "✗ Not signed in any more: open the link that meshdemo dashboard prints." : "✗ The control plane does not answer; trying again. The figures below are the last that it sent.");
-      setAttribute(by("summary"), "class", "bad");
-    },
+    lost: (refused) => trouble(refused ? "Not signed in any more: open the link that meshdemo dashboard prints." : `${AWAY} The figures below are the last that it sent.`),
   });
 }
 
@@ -283,8 +286,5 @@ tabs(by("tabs"), (id) => { if (id !== "tab-tap") tap.stop(); render(); });
 dialogs({ snapshot: () => snapshot, chosen: () => chosen, call, say, command, faultText });
 document.querySelectorAll("p.command").forEach(copying);
 
-if (await signIn()) connect();
-else {
-  setText(by("summary"), "✗ Not signed in: open the link that meshdemo dashboard prints.");
-  setAttribute(by("summary"), "class", "bad");
-}
+if (await signIn(() => trouble(AWAY))) connect();
+else trouble("Not signed in: open the link that meshdemo dashboard prints.");

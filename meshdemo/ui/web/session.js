@@ -4,15 +4,25 @@ const HOLD = "meshdemo-key";
 
 // The token comes once, in the fragment, which browsers send to nobody; it is traded for a cookie and a key, and
 // forgotten. The key is kept for this origin, so that a reload and a second tab stay signed in.
-export async function signIn() {
+// `lost` is told of each attempt that got no answer.
+export async function signIn(lost) {
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
   if (!token) return localStorage.getItem(HOLD) !== null;
   history.replaceState(null, "", location.pathname);
-  const answer = await fetch("/v1/session", { method: "POST", headers: { Authorization: `Bearer ${token}` } });
-  if (!answer.ok) return false;
-  localStorage.setItem(HOLD, (await answer.json()).key);
-  return true;
+  for (;;) {
+    try {
+      const answer = await fetch("/v1/session", { method: "POST", headers: { Authorization: `Bearer ${token}` } });
+      if (!answer.ok) return false;
+      localStorage.setItem(HOLD, (await answer.json()).key);
+      return true;
+    } catch {
+      lost();
+      await after(1000);
+    }
+  }
 }
+
+const after = (pause) => new Promise((resolve) => setTimeout(resolve, pause));
 
 export class Refused extends Error {}
 
@@ -69,6 +79,6 @@ export async function follow(path, { opened, event, lost }) {
       broken.abort();
     }
     lost(null);
-    await new Promise((resolve) => setTimeout(resolve, pause));
+    await after(pause);
   }
 }
