@@ -862,15 +862,20 @@ def test_pods_are_looked_for_everywhere_and_what_is_around_them_where_they_are(
             proven = await reviews.instance("of web-0", mesh)
             assert proven is not None and proven.id == "web-0.shop"
             assert await reviews.instance("of a web-0 of the mesh's own namespace", mesh) is None
-            handouts = Handouts(cluster, "m", source.guests, {"bootstrap.yaml": "b"}, tmp_path / "trust.pem")
+            files = {"bootstrap.yaml": "b"}
+            handouts = Handouts(cluster, "m", source.guests, lambda: dict(files), tmp_path / "trust.pem")
+            assert await asyncio.to_thread(handouts.save)
+            assert not await asyncio.to_thread(handouts.save)
+            files["bootstrap.yaml"] = "of a larger mesh"
             assert await asyncio.to_thread(handouts.save)
             assert not await asyncio.to_thread(handouts.save)
         finally:
             source.stop()
 
     asyncio.run(look())
-    (given,) = server.requests("patch", "configmaps")
+    given, last = server.requests("patch", "configmaps")
     assert given.data["data"] == {"bootstrap.yaml": "b", "trust.pem": "root"}
+    assert last.data["data"]["bootstrap.yaml"] == "of a larger mesh"
     assert given.data["metadata"]["labels"]["meshdemo.dev/mesh"] == "m"
     assert "fieldManager" in str(given.url)  # server-side apply
     (pods,) = [one for one in server.requests("get", "/api/v1/pods") if "watch" not in str(one.url)]
@@ -903,7 +908,7 @@ def test_a_namespace_that_takes_nothing_keeps_nothing_from_the_others(
         "patch /api/v1/namespaces/a/configmaps/meshdemo-m", Refusal(403, "Forbidden", "it is going")
     )
     server.answer("patch /api/v1/namespaces/b/configmaps/meshdemo-m")
-    handouts = Handouts(server.cluster(patience_s=0), "m", lambda: {"a", "b"}, {}, tmp_path / "trust.pem")
+    handouts = Handouts(server.cluster(patience_s=0), "m", lambda: {"a", "b"}, dict, tmp_path / "trust.pem")
     for _ in range(2):
         with pytest.raises(Failed, match=r"meshdemo-m in a: .*it is going"):
             handouts.save()

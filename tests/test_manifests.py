@@ -329,6 +329,18 @@ def test_an_autoscaler_is_left_in_peace() -> None:
     assert alone["service-a-v1"]["spec"]["replicas"] == 1
 
 
+def test_together_sidecars_report_no_more_often_than_can_be_taken_in() -> None:
+    def interval(files: dict[str, str]) -> str:
+        return str(yaml.safe_load(files["bootstrap.yaml"])["stats_flush_interval"])
+
+    sizes = {3: "0.5s", 100: "0.5s", 101: "1s", 400: "2s", 1000: "5s", 5000: "15s", 9000: "15s"}
+    assert {size: interval(dict(manifests.sidecar_files("m", size))) for size in sizes} == sizes
+    spec = spec_of(APPS["pair"], replicas={"service-b": 399})
+    found = manifests.objects(spec, site_of(APPS["pair"]))
+    (given,) = [one for one in found if one["metadata"]["name"] == "meshdemo-sidecar"]
+    assert interval(given["data"]) == "2s"  # a caller, and its 399
+
+
 def test_the_control_plane_has_the_rights_that_it_needs_and_no_other() -> None:
     granted = {
         o["kind"]: o["rules"]

@@ -1,7 +1,8 @@
 """What the control plane carries: simulated sidecars with real ADS and OTLP streams, from another process.
 
-The control plane is the product's own process, with TLS, tokens, telemetry every 5 s and 100 services (fewer
-where there are fewer sidecars). The sidecars are on the same machine and take as much of it as they need.
+The control plane is the product's own process, with TLS, tokens, telemetry every 5 s (more seldom where there
+are so many sidecars that the product has them report so) and 100 services (fewer where there are fewer
+sidecars). The sidecars are on the same machine and take as much of it as they need.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import Crowd
 from meshdemo.bench.stage import Process, Stage, Tell, attempt, until
 from meshdemo.bench.stats import growth, quantile
+from meshdemo.control.bootstrap import report_interval_s
 from meshdemo.control.client import ControlClient
 from meshdemo.control.model import Effect, Instance, MeshState
 from meshdemo.files import write_atomic
@@ -72,6 +74,7 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
         notes=[
             *failures,
             *_growth(found),
+            f"Telemetry comes every {_EXPORT_S:g} s, of {LARGE:,} sidecars every {_export_s(LARGE):g} s.",
             "The simulated sidecars run on the same machine. Every change reaches all of them; a changed "
             "cluster also has its endpoints sent again.",
         ],
@@ -121,6 +124,11 @@ def _measure(stage: Stage, size: int, scale: Scale, found: _Found, tell: Tell) -
             found.storm_s.append(sidecars.await_all(began) - began)
             plane.await_acks()
             found.memory_mb.append(plane.memory_mb())
+
+
+def _export_s(size: int) -> float:
+    """How often each of so many sidecars reports (s)."""
+    return max(_EXPORT_S, report_interval_s(size))
 
 
 def _last_ack_ms(effect: Effect) -> float:
@@ -225,7 +233,7 @@ class _Sidecars:
             mesh=mesh.mesh,
             sidecars=[(one.id, one.service, _token(one.id)) for one in mesh.instances],
             endpoints=[f"{service}/v1" for service in mesh.app.services],
-            export_every_s=_EXPORT_S,
+            export_every_s=_export_s(len(mesh.instances)),
         ).write(path)
         self._command = [sys.executable, "-P", "-m", "meshdemo.bench.sidecars", str(path)]
         self._stage = stage

@@ -1,7 +1,7 @@
 """OTLP in, samples out: what the sidecars report, kept for ten minutes.
 
-Each sidecar pushes its stats about twice a second. An export is decoded (otlp.py) and becomes a `Sample` at
-once, and the message is dropped.
+Each sidecar pushes its stats about twice a second, in a large mesh more seldom (bootstrap.report_interval_s).
+An export is decoded (otlp.py) and becomes a `Sample` at once, and the message is dropped.
 
 Time: a sample is placed by the sidecar's own stamps, moved onto the control plane's clock by the smallest
 difference between receipt and stamp seen for that sidecar. Windows of several sidecars then line up although

@@ -11,13 +11,14 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from meshdemo.apps.model import App, Service
-from meshdemo.control.bootstrap import Placement, bootstrap_files
+from meshdemo.control.bootstrap import Placement, bootstrap_files, report_interval_s
 from meshdemo.control.ingress import CLASS, CONTROLLER
 from meshdemo.control.model import Instance
 from meshdemo.kube import Manifest
@@ -112,7 +113,9 @@ def documents(spec: MeshSpec, site: Site) -> dict[str, str]:
             site,
             cluster_role=f"meshdemo:{site.namespace}:control-plane",
             handout=handout(spec.mesh),
-            sidecar_files=sidecar_files(site.namespace),
+            sidecar_files=sidecar_files(
+                site.namespace, sum(one.instances for one in spec.workloads.values())
+            ),
             control_args=[
                 "--mesh", spec.mesh, "--namespace", site.namespace, "--state", STATE_FOLDER,
                 "--api-token", f"{API_FOLDER}/token",
@@ -240,11 +243,16 @@ def _probe(service: Service, *, ours: bool) -> str:
     return f"exec: {{command: [grep, -qE, '{line}', /proc/net/tcp, /proc/net/tcp6]}}"
 
 
-def sidecar_files(namespace: str) -> Mapping[str, str]:
-    """What every sidecar starts from, by file name. `namespace`: the mesh's.
+def sidecar_files(namespace: str, sidecars: int) -> Mapping[str, str]:
+    """What every sidecar starts from, by file name, in a mesh of so many. `namespace`: the mesh's.
 
     One set of files for all: who a sidecar is comes from its token, and --service-node says it in logs.
     """
+    return _sidecar_files(namespace, report_interval_s(sidecars))
+
+
+@cache
+def _sidecar_files(namespace: str, interval_s: float) -> Mapping[str, str]:
     folder = PurePosixPath(CONFIG_FOLDER)
     return bootstrap_files(
         Instance(
@@ -257,6 +265,7 @@ def sidecar_files(namespace: str) -> Mapping[str, str]:
             admin=PurePosixPath(RUN_FOLDER) / "admin.sock",
             control_host=f"control-plane.{namespace}.svc",
             control_port=XDS_PORT,
+            report_interval_s=interval_s,
         ),
     )  # fmt: skip
 

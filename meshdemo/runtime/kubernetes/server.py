@@ -66,8 +66,12 @@ class Backend(server.Backend):
         self._reporter = Reporter(cluster, namespace)
         self._changed = asyncio.Event()
         self._handouts = Handouts(
-            cluster, mesh, self._source.guests, manifests.sidecar_files(namespace), folder / "trust.pem"
+            cluster, mesh, self._source.guests, self._sidecar_files, folder / "trust.pem"
         )
+
+    def _sidecar_files(self) -> Mapping[str, str]:
+        mesh = self._source.mesh()
+        return manifests.sidecar_files(self._namespace, len(mesh.sidecars) if mesh else 0)
 
     async def start(self) -> MeshState:
         """Fill the control plane's folder and wait for the first complete picture of the mesh."""
