@@ -333,7 +333,7 @@ def test_together_sidecars_report_no_more_often_than_can_be_taken_in() -> None:
     def interval(files: dict[str, str]) -> str:
         return str(yaml.safe_load(files["bootstrap.yaml"])["stats_flush_interval"])
 
-    sizes = {3: "0.5s", 100: "0.5s", 101: "1s", 400: "2s", 1000: "5s", 5000: "15s", 9000: "15s"}
+    sizes = {3: "0.5s", 100: "0.5s", 101: "1s", 400: "2s", 1000: "5s", 3000: "15s", 5000: "30s", 9000: "30s"}
     assert {size: interval(dict(manifests.sidecar_files("m", size))) for size in sizes} == sizes
     spec = spec_of(APPS["pair"], replicas={"service-b": 399})
     found = manifests.objects(spec, site_of(APPS["pair"]))

@@ -43,15 +43,15 @@ class Placement:
 
 
 _REPORTS_PER_S = 200  # of all sidecars: about a fifth of what the control plane can take in, on one processor
-_REPORT_INTERVALS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 15.0)  # few, since who hands them out hands out each change
+# Few, since whoever hands them out hands out each change.
+_REPORT_INTERVALS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 15.0, 30.0)
 
 
 def report_interval_s(sidecars: int) -> float:
     """How often a sidecar that starts in a mesh of so many should report (s).
 
     Twice a second up to a hundred. The more there are, the less is each one's report worth, and all together
-    would take the control plane more time than it has. Never more seldom than Prometheus is commonly told to
-    scrape.
+    would take the control plane more time than it has. Never more seldom than every 30 s.
     """
     needed_s = sidecars / _REPORTS_PER_S
     return next((one for one in _REPORT_INTERVALS_S if one >= needed_s), _REPORT_INTERVALS_S[-1])
