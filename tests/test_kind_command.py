@@ -143,7 +143,7 @@ def test_two_begun_at_the_same_moment_choose_different_ports(
 def test_the_network_is_given_in_one_piece(kind: Path) -> None:
     stand_in(kind, "docker", _NODE)
     stand_in(kind, "kind", _KIND_LOADS)
-    assert Kind().give_network("node", ["10.244.0.0/24", "fd00:10:244::/64"])
+    assert Kind().give_network("node", ["10.244.0.0/24", "fd00:10:244::/64"], "10.96.0.1")
     ptp = json.loads((kind / "config-given").read_text())["plugins"][0]
     assert ptp["mtu"] == 1450
     assert ptp["ipam"]["ranges"] == [[{"subnet": "10.244.0.0/24"}], [{"subnet": "fd00:10:244::/64"}]]
@@ -154,7 +154,7 @@ def test_a_network_that_is_not_ours_to_give_is_left_to_kind(kind: Path) -> None:
     stand_in(kind, "docker", _NODE)
     stand_in(kind, "kind", _KIND_LOADS)
     (kind / "old").touch()
-    assert not Kind().give_network("node", ["10.244.0.0/24"])
+    assert not Kind().give_network("node", ["10.244.0.0/24"], "10.96.0.1")
     assert not (kind / "config-given").exists()
 
 

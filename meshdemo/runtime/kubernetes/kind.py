@@ -34,6 +34,7 @@ _QUIET_S = 3.0  # without a new container for so long, Docker is not at work on 
 _GIVE_NETWORK = """
 grep -q kindnetd /kind/manifests/default-cni.yaml
 for plugin in ptp host-local portmap; do test -x /opt/cni/bin/$plugin; done
+timeout 20 sh -c "until curl -ksf --max-time 1 'https://$1/livez'; do sleep 0.1; done"
 cd /etc/cni/net.d
 cat > .meshdemo
 mv -n .meshdemo 10-kindnet.conflist
@@ -147,8 +148,11 @@ class Kind:
         there = {_bare(tag) for image in json.loads(said)["images"] for tag in image["repoTags"]}
         return [image for image in images if _bare(image) not in there]
 
-    def give_network(self, node: str, ranges: Sequence[str]) -> bool:
+    def give_network(self, node: str, ranges: Sequence[str], service: str) -> bool:
         """Give the pods of a node their network, of these address ranges; False where that is not for us.
+
+        Not before the API server is reached at the address of its `service`, which is kube-proxy's work: a
+        pod that finds no one there (the cluster's DNS is the first to look) waits for half a minute.
 
         It is what kind's own kindnetd does for its node, ten seconds later: its first look, at a cache that
         has yet to be filled, finds no node at all, and its second one comes after ten seconds
@@ -161,7 +165,7 @@ class Kind:
             with tempfile.TemporaryFile() as config:
                 config.write(cni_config(ranges, mtu).encode())
                 config.seek(0)
-                _run([*at_node, "sh", "-ec", _GIVE_NETWORK], given=config)
+                _run([*at_node, "sh", "-ec", _GIVE_NETWORK, "sh", service], given=config)
         except (Failed, ValueError):
             return False
         return True
