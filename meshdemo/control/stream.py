@@ -266,7 +266,7 @@ class Stream:
         names, gone = (changed | again if again else changed), _NONE
         if self.wire.incremental and lapsed and type_url in xds.WHOLE:
             # Of other types, a sidecar loses interest by itself: in the endpoints of a cluster that goes.
-            gone = lapsed - xds.names(target)
+            gone = lapsed - xds.among(target, lapsed)
         if missing := subscription.missing:
             there = xds.among(wanted, missing)
             names |= there

@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +35,7 @@ grep -q kindnetd /kind/manifests/default-cni.yaml
 for plugin in ptp host-local portmap; do test -x /opt/cni/bin/$plugin; done
 timeout 20 sh -c "until curl -ksf --max-time 1 'https://$1/livez'; do sleep 0.1; done"
 cd /etc/cni/net.d
-cat > .meshdemo
+printf %s "$2" > .meshdemo
 mv -n .meshdemo 10-kindnet.conflist
 rm -f .meshdemo
 """
@@ -159,13 +158,10 @@ class Kind:
         (images/kindnetd of kind). It then writes the same once more. The routes to other nodes are left to
         it; so this is of use to a node that is the only one.
         """
-        at_node = [self._docker, "exec", "--interactive", node]
+        at_node = [self._docker, "exec", node]
         try:
-            mtu = int(_run([*at_node, "cat", "/sys/class/net/eth0/mtu"]))
-            with tempfile.TemporaryFile() as config:
-                config.write(cni_config(ranges, mtu).encode())
-                config.seek(0)
-                _run([*at_node, "sh", "-ec", _GIVE_NETWORK, "sh", service], given=config)
+            config = cni_config(ranges, mtu=int(_run([*at_node, "cat", "/sys/class/net/eth0/mtu"])))
+            _run([*at_node, "sh", "-ec", _GIVE_NETWORK, "sh", service, config])
         except (Failed, ValueError):
             return False
         return True

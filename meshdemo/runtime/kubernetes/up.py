@@ -213,9 +213,9 @@ class _Up:
         cluster = self._runtime.cluster
         until = time.monotonic() + _NETWORK_S
         while time.monotonic() < until:
-            api = cluster.get("Service", "kubernetes", "default")
             for node in cluster.find("Node"):
-                if api and (ranges := node["spec"].get("podCIDRs")):
+                ranges = node["spec"].get("podCIDRs")
+                if ranges and (api := cluster.get("Service", "kubernetes", "default")):
                     self._kind.give_network(node["metadata"]["name"], ranges, api["spec"]["clusterIP"])
                     return
             pause(0.1)
