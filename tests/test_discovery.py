@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -180,7 +181,7 @@ class Sidecar:
             else self.warming or xds.ENDPOINTS not in self.subscribed
         ):
             self.ask(xds.ENDPOINTS)
-        if kind == xds.ENDPOINTS and not self.warming:
+        if xds.ENDPOINTS in self.subscribed and not self.warming:
             for further in (xds.LISTENERS, xds.SECRETS):
                 if further not in self.subscribed:
                     self.ask(further)
@@ -362,6 +363,39 @@ def test_a_sidecar_that_comes_back_is_brought_up_to_date(wire: Wire) -> None:
     assert sidecar.stream.settled()
     assert (sidecar.clusters, sidecar.warming) == ({"a": "2", "b": "1", "d": "1"}, {})
     assert (sidecar.routes, sidecar.broken) == (["d"], [])
+
+
+@BOTH
+def test_a_sidecar_that_comes_back_is_waited_for_until_it_has_asked_for_everything(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshdemo.control.stream.ASKS_WITHIN_S", math.inf)
+    sidecar = connected(snapshot({"a": "1"}), wire)
+    asked = list(sidecar.subscribed)
+    assert len(asked) == len(KINDS)
+    sidecar.connect(Stream(INSTANCE, snapshot({"a": "1"}), wire))
+    for kind in asked:
+        # It would be said to have what is yet to be sent to it.
+        assert not sidecar.stream.settled()
+        sidecar.ask(kind)
+        sidecar.run()
+    assert sidecar.stream.settled()
+
+
+def test_a_sidecar_need_not_ask_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settled(wanted: xds.Snapshot, within_s: float) -> bool:
+        monkeypatch.setattr("meshdemo.control.stream.ASKS_WITHIN_S", within_s)
+        stream = Stream(INSTANCE, wanted, INCREMENTAL)
+        for nonce in ("", "1"):
+            request = DeltaDiscoveryRequest(type_url=xds.CLUSTERS, response_nonce=nonce)
+            stream.receive(INCREMENTAL.read(request.SerializeToString()))
+            assert (stream.next_response() is None) is (nonce == "1")
+        return stream.settled()
+
+    clusters = {xds.CLUSTERS: (bundle(xds.CLUSTERS, a="1"),)}
+    assert settled({**clusters, xds.ROUTES: ()}, math.inf)  # there is nothing else for it
+    assert not settled({**clusters, xds.ROUTES: (bundle(xds.ROUTES, outbound="a"),)}, math.inf)
+    assert settled({**clusters, xds.ROUTES: (bundle(xds.ROUTES, outbound="a"),)}, -1)  # it had the time
 
 
 @BOTH

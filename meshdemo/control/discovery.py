@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 
 from meshdemo.control import xds
 from meshdemo.control.model import Instance
-from meshdemo.control.stream import Doubts, Refused, Stream
+from meshdemo.control.stream import ASKS_WITHIN_S, Doubts, Refused, Stream
 from meshdemo.control.wire import SERVICE, WIRES, Wire
 
 log = logging.getLogger(__name__)
@@ -246,6 +246,8 @@ class Discovery:
         doubts = self._doubts.pop(instance.id, None) if before is None else before.stream.doubts()
         connection = _Connection(Stream(instance, self._wanted(instance), wire, doubts), context, task)
         self._connections[instance.id] = connection
+        # A sidecar need not ask for all that there is for it; then no request tells that it has asked.
+        asked = asyncio.get_running_loop().call_later(ASKS_WITHIN_S, self._note, connection.stream)
         if before is not None:
             # Mostly the sidecar itself, after its connection broke; or somebody who has its token.
             self._journal(
@@ -270,6 +272,7 @@ class Discovery:
             task.uncancel()
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, connection.closing)
         finally:
+            asked.cancel()
             if self._connections.get(instance.id) is connection:
                 del self._connections[instance.id]
                 if doubts := connection.stream.doubts():

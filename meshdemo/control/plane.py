@@ -40,8 +40,6 @@ __all__ = ["SERVER_OPTIONS", "ControlPlane", "Settings", "Sidecar"]
 
 log = logging.getLogger(__name__)
 
-_ASKS_WITHIN_S = 1.0  # after a sidecar has connected
-
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
@@ -409,9 +407,7 @@ class ControlPlane:
         stream = self._discovery.stream(instance.id)
         if stream is None:
             return not instance.ready
-        # One that is just back asks for one type after the other, and for secrets last, if it needs any.
-        asked = stream.asks_for(xds.SECRETS) or time.monotonic() > stream.opened_at + _ASKS_WITHIN_S
-        return stream.settled() and asked
+        return stream.settled()
 
     def _effect(self, started: float, outcome: Outcome) -> Effect:
         return Effect(

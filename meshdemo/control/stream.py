@@ -20,6 +20,7 @@ from meshdemo.names import parted
 _NONE = frozenset[str]()
 _MOST_NAMES = 50_000  # that a sidecar may ask for, of one type
 _MOST_UNANSWERED = 100  # responses of one type that are remembered until they are answered
+ASKS_WITHIN_S = 1.0  # for all that it needs, after it has connected
 
 
 class Refused(Exception):
@@ -95,7 +96,7 @@ class Stream:
         self.wire = wire
         self.responses = 0
         self.lagging = False  # it let a push time out, and has not caught up yet
-        self.opened_at = time.monotonic()
+        self._opening_until = time.monotonic() + ASKS_WITHIN_S
         self._subscriptions: dict[str, _Subscription] = {}
         self._owed = _NONE  # endpoints of changed clusters
         self._doubts = dict(doubts or {})
@@ -311,16 +312,23 @@ class Stream:
 
     def settled(self) -> bool:
         """Has the sidecar answered everything, and is nothing left to send?"""
-        if self._owes() or any(subscription.unanswered for subscription in self._subscriptions.values()):
+        if self._opening() or self._owes():
+            return False
+        if any(subscription.unanswered for subscription in self._subscriptions.values()):
             return False
         return all(
             self._due(type_url, subscription) is None
             for type_url, subscription in self._subscriptions.items()
         )
 
-    def asks_for(self, type_url: str) -> bool:
-        """Has the sidecar asked for any of this type on this stream?"""
-        return type_url in self._subscriptions
+    def _opening(self) -> bool:
+        """Is it yet to ask for types of which it has what was before? (It asks for one after the other.)"""
+        if self._opening_until and (
+            time.monotonic() > self._opening_until
+            or all(type_url in self._subscriptions for type_url, bundles in self.wanted.items() if bundles)
+        ):
+            self._opening_until = 0.0
+        return bool(self._opening_until)
 
     def nacks(self, after: int = 0) -> dict[str, str]:
         """What the sidecar rejected and still lacks: short type -> Envoy's words.
