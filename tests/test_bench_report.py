@@ -295,9 +295,9 @@ def test_what_was_asked_for_wins() -> None:
     ("names", "scale", "kind", "expected"),
     [
         (["up"], Scale(), False, 2),
-        (["up"], Scale(), True, 8),
+        (["up"], Scale(), True, 17),
         (["up"], Scale(quick=True), True, 0.5),
-        (["fault", "up"], Scale(runs=1), True, 0.2 + 1.6),
+        (["fault", "up"], Scale(runs=1), True, 0.2 + 0.4 + 7.5),
         (["controlplane"], Scale(large=True), True, 7),
         (["heal"], Scale(alone=True), True, 13),
         (["heal"], Scale(alone=True, runs=5), True, 13),

@@ -33,6 +33,7 @@ class About:
     quick_minutes: float
     rounds: int
     kind_minutes: float = 0.0  # on top of it where kind is there
+    kind_rounds: int = 0  # that is for so many; 0: for `rounds`
     large_minutes: float = 0.0  # on top of it with --large
     alone_minutes: float | None = None  # instead, with --alone
 
@@ -42,7 +43,7 @@ SUITES: Mapping[str, About] = {
     "fault": About(2, 0.5, 10),
     "heal": About(24, 4, 5, kind_minutes=17, alone_minutes=13),
     "controlplane": About(3, 1, 5, large_minutes=4),
-    "up": About(2, 0.5, 5, kind_minutes=6),
+    "up": About(2, 0.5, 5, kind_minutes=15, kind_rounds=2),
     "load": About(3, 1, 3),
     "see": About(6, 1, 5),
     "steer": About(3, 0.5, 10),
@@ -66,17 +67,17 @@ def minutes(names: Sequence[str], scale: Scale) -> float:
 
 
 def _minutes(about: About, scale: Scale, *, with_kind: bool) -> float:
+    large = about.large_minutes if scale.large else 0.0
     if scale.quick:
-        base = about.quick_minutes
-    elif scale.alone and about.alone_minutes is not None:
-        base = about.alone_minutes
+        return about.quick_minutes + large
+    if scale.alone and about.alone_minutes is not None:
+        base, on_kind = about.alone_minutes, 0.0
     else:
-        base = about.minutes + (about.kind_minutes if with_kind else 0.0)
-    if scale.large:
-        base += about.large_minutes
-    if scale.runs is not None and not scale.quick:
-        base *= scale.runs / about.rounds
-    return base
+        base, on_kind = about.minutes, about.kind_minutes if with_kind else 0.0
+    if scale.runs is None:
+        return base + large + on_kind
+    on_kind *= scale.runs / (about.kind_rounds or about.rounds)
+    return (base + large) * scale.runs / about.rounds + on_kind
 
 
 def _kind_is_there() -> bool:

@@ -43,8 +43,8 @@ def command(
 ) -> None:  # fmt: skip
     """What the mesh costs and how fast it heals, on this machine, next to the alternatives.
 
-    About fifty minutes for all, of which heal is half (twenty-five more where kind is installed); ten minutes
-    with --quick. How long it will take is said before.
+    About fifty minutes for all, of which heal is half (half an hour more where kind is installed); ten
+    minutes with --quick. How long it will take is said before.
     Everything runs in meshes of its own, which are gone afterwards.
     """
     from meshdemo.bench import runner
