@@ -1260,6 +1260,25 @@ def test_a_crash_loop_shows_why_and_the_last_lines(server: ApiServer, impatient:
     assert "| LAT_MS=abc is no number" in failed.message
 
 
+def test_a_container_that_the_node_failed_to_start_is_no_program_that_ends() -> None:
+    """A node that was frozen for a while; the kubelet is about to try again, and is given time for it."""
+    said = "context deadline exceeded"
+    started = {"terminated": {"exitCode": 128, "reason": "StartError", "message": said}}
+    crashed = {"terminated": {"exitCode": 1, "reason": "Error"}}
+
+    def trouble(reason: str, **of_container: Any) -> apply.Trouble:
+        status = {"initContainerStatuses": [waiting("meshdemo-sidecar", reason, **of_container)]}
+        (found,) = apply.pod_troubles({"metadata": {"name": "b-1"}, "status": status})
+        return found
+
+    again = trouble("CrashLoopBackOff", lastState=started)
+    assert (again.reason, again.family) == ("StartError", trouble("RunContainerError").family)
+    assert said in again.message
+    assert "why the program ends" not in again.remedy
+    assert trouble("CrashLoopBackOff", lastState=crashed).reason == "CrashLoopBackOff"
+    assert apply._GRACE_S["StartError"] > 10 + 20 > apply._GRACE_S["CrashLoopBackOff"]
+
+
 def test_what_was_wrong_before_is_no_reason(server: ApiServer, impatient: None) -> None:
     """A pod of the version before still crash-loops while its successor starts."""
 

@@ -25,7 +25,9 @@ _LOOK_S = 0.2
 # How long a trouble that may pass by itself may last, and what it is called.
 _GRACE_S = {
     "ErrImagePull": 20.0, "ImagePullBackOff": 20.0, "ErrImageNeverPull": 5.0, "InvalidImageName": 0.0,
-    "CreateContainerConfigError": 15.0, "CreateContainerError": 15.0, "RunContainerError": 15.0,
+    "CreateContainerConfigError": 15.0, "CreateContainerError": 15.0,
+    # A node that is short of time may fail to start a container; it tries again after 10 s, and 20 s later.
+    "RunContainerError": 35.0, "StartError": 35.0,
     "CrashLoopBackOff": 5.0, "Unschedulable": 30.0, "ReplicaFailure": 10.0, "VolumePending": 90.0,
 }  # fmt: skip
 _REMEDIES = {
@@ -53,7 +55,9 @@ class Trouble:
     @property
     def family(self) -> str:
         """One word for reasons that take turns while the trouble is the same."""
-        return "ErrImagePull" if "Image" in self.reason else self.reason
+        if "Image" in self.reason:
+            return "ErrImagePull"
+        return "StartError" if self.reason == "RunContainerError" else self.reason
 
     @property
     def remedy(self) -> str:
@@ -304,9 +308,12 @@ def pod_troubles(pod: Manifest) -> Iterator[Trouble]:
         state = container.get("state", {})
         about = f"{name} ({container['name']})"
         if waiting := state.get("waiting"):
-            if waiting.get("reason") in _GRACE_S:
+            if (reason := waiting.get("reason")) in _GRACE_S:
                 message = _why_ended(container) or waiting.get("message", "")
-                yield Trouble(about, waiting["reason"], message)
+                # One that the node could not even start is no program that ends.
+                last = container.get("lastState", {}).get("terminated", {}).get("reason")
+                never = reason == "CrashLoopBackOff" and last == "StartError"
+                yield Trouble(about, "StartError" if never else reason, message)
         elif (ended := state.get("terminated")) and ended.get("exitCode"):
             yield Trouble(about, ended.get("reason", "Error"), _why_ended(container))
 
