@@ -53,11 +53,11 @@ class Cli:
         self.paths = MeshPaths(self.home / name)
         self.env = {**os.environ, "MESHDEMO_HOME": str(self.home), "NO_COLOR": "1"}
 
-    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, stdout: int = subprocess.PIPE, **env: str) -> subprocess.Popen[str]:
         """Start a command and do not wait for it."""
         return subprocess.Popen(
             [sys.executable, "-m", "meshdemo", "--name", self.name, *arguments],
-            env={**self.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**self.env, **env}, stdout=stdout, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def run(self, *arguments: str, status: int | None = 0, **env: str) -> str:

@@ -162,6 +162,18 @@ def test_a_fault_in_the_app_that_fails_leaves_the_others(mesh: Mesh, what: str, 
     mesh.check()
 
 
+@pytest.mark.parametrize("asked", [{"lat_ms": 80}, {"lat_ms": 80, "at": "mesh"}, {"hang": True}])
+def test_until_it_stays_a_fault_is_undone(mesh: Mesh, asked: dict[str, Any]) -> None:
+    def interrupted() -> None:
+        assert len(mesh.intent.faults) == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        faults.inject(mesh, faults.request(**asked), stays=interrupted)  # type: ignore[arg-type]
+    assert list(mesh.intent.faults) == []
+    mesh.check()
+
+
 def test_a_fault_that_cannot_be_undone_stays_on_record(mesh: Mesh) -> None:
     mesh.fails = {"set_env v2": Failed("no"), "end_faults": Failed("neither")}
     with pytest.raises(Failed, match="no"):

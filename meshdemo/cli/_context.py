@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import cached_property
@@ -172,27 +172,34 @@ def sidecars(count: int) -> str:
 
 
 @contextmanager
-def stoppable(*, undoing: bool = False) -> Iterator[None]:
+def stoppable(*, undoing: bool = False) -> Iterator[Callable[[], None]]:
     """A SIGTERM or SIGHUP in the block ends it like Ctrl-C: what was started is undone.
 
     Args:
         undoing: say so, and ignore further ones, Ctrl-C too, until the block is left: half an undoing would
             leave half of what was begun.
+
+    Yields:
+        What to call once nothing is undone any more: from then on they are ignored until the block is left,
+        so that it can say what it did.
     """
     import signal
 
     numbers = [signal.SIGTERM, signal.SIGHUP, *([signal.SIGINT] if undoing else [])]
 
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
     def interrupt(*_: object) -> None:
         if undoing:
-            for number in numbers:
-                signal.signal(number, signal.SIG_IGN)
+            ignore()
             os.write(2, b"meshdemo: interrupted; undoing what was begun\n")
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield
+        yield ignore
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -84,12 +84,13 @@ def fault(
         crash=crash, hang=hang,
     )  # fmt: skip
     context = _context.of(ctx)
-    with _context.stoppable(undoing=True), context.progress("Breaking it"):
-        outcome = faults.inject(context.runtime, asked)
-    if context.as_json:
-        context.emit(outcome.to_json())
-    else:
-        context.say(_sentence(outcome))
+    with _context.stoppable(undoing=True) as too_late:
+        with context.progress("Breaking it"):
+            outcome = faults.inject(context.runtime, asked, stays=too_late)
+        if context.as_json:
+            context.emit(outcome.to_json())
+        else:
+            context.say(_sentence(outcome))
 
 
 def _refuse_options(ctx: typer.Context) -> None:

@@ -208,17 +208,29 @@ def _check_breakable(app: App, service: str, versions: Sequence[str]) -> None:
             )
 
 
-def inject(runtime: Runtime, asked: FaultRequest, clock: Callable[[], float] = time.time) -> FaultOutcome:
-    """Put a fault in force; returns when it is. Raises MeshdemoError, then nothing has changed."""
+def inject(
+    runtime: Runtime,
+    asked: FaultRequest,
+    clock: Callable[[], float] = time.time,
+    *,
+    stays: Callable[[], None] = lambda: None,
+) -> FaultOutcome:
+    """Put a fault in force; returns when it is. Raises MeshdemoError, then nothing has changed.
+
+    Args:
+        stays: called when the fault is in force, as the last moment at which what is raised still undoes it.
+    """
     target = resolve(asked, runtime.app(), runtime.instances())
     if asked.at == "mesh":
-        return _inject_mesh(runtime, asked, target)
+        return _inject_mesh(runtime, asked, target, stays)
     if asked.at == "process":
-        return _inject_process(runtime, asked, target, clock)
-    return _inject_app(runtime, asked, target, clock)
+        return _inject_process(runtime, asked, target, clock, stays)
+    return _inject_app(runtime, asked, target, clock, stays)
 
 
-def _inject_mesh(runtime: Runtime, asked: FaultRequest, target: Target) -> FaultOutcome:
+def _inject_mesh(
+    runtime: Runtime, asked: FaultRequest, target: Target, stays: Callable[[], None]
+) -> FaultOutcome:
     fault_id = _new_id()  # known before it is asked for, so that one of which no answer comes can be ended
     with _undone(runtime, fault_id):
         fault, effect = runtime.control().add_fault(
@@ -226,12 +238,17 @@ def _inject_mesh(runtime: Runtime, asked: FaultRequest, target: Target) -> Fault
             route=asked.route, caller=asked.caller, lat_ms=asked.lat_ms or 0, err_rate=asked.err_rate or 0,
             share=asked.share, for_s=asked.for_s, fault_id=fault_id,
         )  # fmt: skip
+        stays()
     ids = tuple(one.id for one in target.instances)
     return FaultOutcome(fault, effect.effective_ms, effect.sidecars, ids)
 
 
 def _inject_process(
-    runtime: Runtime, asked: FaultRequest, target: Target, clock: Callable[[], float]
+    runtime: Runtime,
+    asked: FaultRequest,
+    target: Target,
+    clock: Callable[[], float],
+    stays: Callable[[], None],
 ) -> FaultOutcome:
     # Without --instance any copy will do; one that takes traffic makes the better demonstration.
     victim = max(target.instances, key=lambda one: one.ready)
@@ -257,11 +274,16 @@ def _inject_process(
         (runtime.crash if asked.kind == "crash" else runtime.hang)(victim.id)
         effective_ms = (clock() - started_at) * 1000
         fault = record(started_at, starting=False)
+        stays()
     return FaultOutcome(fault, effective_ms, 0, (victim.id,))
 
 
 def _inject_app(
-    runtime: Runtime, asked: FaultRequest, target: Target, clock: Callable[[], float]
+    runtime: Runtime,
+    asked: FaultRequest,
+    target: Target,
+    clock: Callable[[], float],
+    stays: Callable[[], None],
 ) -> FaultOutcome:
     """Roll the fault out, and record it as begun when the first instance that carries it takes traffic.
 
@@ -330,6 +352,7 @@ def _inject_app(
             rolling.result()
             fault = fault or record(carriers())
             ids = tuple(one.id for one in meant())
+            stays()
     return FaultOutcome(fault, (clock() - asked_at) * 1000, 0, ids)
 
 
