@@ -4,9 +4,14 @@ a module keeps to itself is nobody else's."""
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import meshdemo
 
@@ -91,3 +96,17 @@ def test_what_is_private_is_not_imported() -> None:
         if name.startswith("_") and name != "__version__"
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("module", ["meshdemo.control.server", "meshdemo.runtime.kubernetes.server"])
+def test_a_control_plane_says_how_grpc_is_to_run_before_it_loads_it(module: str) -> None:
+    watch = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'grpc': print(os.environ.get('GRPC_EXPERIMENTS'))\n"
+        f"sys.meta_path.insert(0, Watch()); import {module}\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
+    done = subprocess.run([sys.executable, "-c", watch], env=env, check=True, capture_output=True, text=True)
+    assert done.stdout == "-event_engine_listener\n"

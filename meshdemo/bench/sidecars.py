@@ -10,6 +10,7 @@ are configured that were not before.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -267,6 +268,7 @@ class _Export:
 def main() -> None:
     """The process."""
     crowd = Crowd(**json.loads(Path(sys.argv[1]).read_text()))
+    gc.set_threshold(50_000, 20, 50)  # thousands of calls are many objects, and no garbage
     asyncio.run(_Sidecars(crowd).run())
 
 
