@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 
 from meshdemo.control import xds
 from meshdemo.control.model import Instance
-from meshdemo.control.stream import ASKS_WITHIN_S, Doubts, Refused, Stream
+from meshdemo.control.stream import Doubts, Refused, Stream
 from meshdemo.control.wire import SERVICE, WIRES, Wire
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 
 # How long a push may send nothing, and all of it may take, while what can wait gives way to it.
 _PROGRESS_S, _GIVE_WAY_S = 0.1, 5.0
+_ASKS_WITHIN_S = 1.0  # a sidecar for all that it needs, after it has connected
 _REFUSALS_APART_S = 60.0
 _REFUSALS_KEPT = 1000
 
@@ -219,6 +220,10 @@ class Discovery:
             connection.sending = False
         self._note(connection.stream)
 
+    def _opened(self, stream: Stream) -> None:
+        stream.opened()
+        self._note(stream)
+
     def _note(self, stream: Stream) -> None:
         if stream.settled():
             stream.lagging = False
@@ -247,7 +252,7 @@ class Discovery:
         connection = _Connection(Stream(instance, self._wanted(instance), wire, doubts), context, task)
         self._connections[instance.id] = connection
         # A sidecar need not ask for all that there is for it; then no request tells that it has asked.
-        asked = asyncio.get_running_loop().call_later(ASKS_WITHIN_S, self._note, connection.stream)
+        opened = asyncio.get_running_loop().call_later(_ASKS_WITHIN_S, self._opened, connection.stream)
         if before is not None:
             # Mostly the sidecar itself, after its connection broke; or somebody who has its token.
             self._journal(
@@ -272,7 +277,7 @@ class Discovery:
             task.uncancel()
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, connection.closing)
         finally:
-            asked.cancel()
+            opened.cancel()
             if self._connections.get(instance.id) is connection:
                 del self._connections[instance.id]
                 if doubts := connection.stream.doubts():

@@ -7,7 +7,6 @@ reconnection and a roll-back, in both encodings (`wire`).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +19,6 @@ from meshdemo.names import parted
 _NONE = frozenset[str]()
 _MOST_NAMES = 50_000  # that a sidecar may ask for, of one type
 _MOST_UNANSWERED = 100  # responses of one type that are remembered until they are answered
-ASKS_WITHIN_S = 1.0  # for all that it needs, after it has connected
 
 
 class Refused(Exception):
@@ -96,7 +94,7 @@ class Stream:
         self.wire = wire
         self.responses = 0
         self.lagging = False  # it let a push time out, and has not caught up yet
-        self._opening_until = time.monotonic() + ASKS_WITHIN_S
+        self._asked_all = False  # it has asked for all that there is for it, or had the time to
         self._subscriptions: dict[str, _Subscription] = {}
         self._owed = _NONE  # endpoints of changed clusters
         self._doubts = dict(doubts or {})
@@ -281,10 +279,12 @@ class Stream:
             # A changed cluster warms until its endpoints are sent again, asked for or not.
             whole = self._whole(type_url)
             self._owed |= xds.changed(subscription.sent, due.target) if whole else due.names
+            # One that goes may be warming, if it is in doubt: until it is warm, nothing here is confirmed.
+            self._owed |= xds.unknown(subscription.sent)
             if assigned := self._subscriptions.get(xds.ENDPOINTS):
                 assigned.missing |= self._owed & assigned.names
         elif type_url == xds.ENDPOINTS:
-            self._owed -= due.names
+            self._owed -= due.names | due.gone
         self.responses += 1
         # Counted by type: streams with the same past get the same bytes, nonce included.
         subscription.nonce = str(int(subscription.nonce or "0") + 1)
@@ -321,14 +321,17 @@ class Stream:
             for type_url, subscription in self._subscriptions.items()
         )
 
+    def opened(self) -> None:
+        """It has had the time to ask for all that it needs."""
+        self._asked_all = True
+
     def _opening(self) -> bool:
         """Is it yet to ask for types of which it has what was before? (It asks for one after the other.)"""
-        if self._opening_until and (
-            time.monotonic() > self._opening_until
-            or all(type_url in self._subscriptions for type_url, bundles in self.wanted.items() if bundles)
-        ):
-            self._opening_until = 0.0
-        return bool(self._opening_until)
+        if not self._asked_all:
+            self._asked_all = all(
+                type_url in self._subscriptions for type_url, bundles in self.wanted.items() if bundles
+            )
+        return not self._asked_all
 
     def nacks(self, after: int = 0) -> dict[str, str]:
         """What the sidecar rejected and still lacks: short type -> Envoy's words.
