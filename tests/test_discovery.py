@@ -391,7 +391,7 @@ def test_a_sidecar_need_not_ask_for_everything() -> None:
     assert asked({**clusters, xds.ROUTES: ()}).settled()  # there is nothing else for it
     stream = asked({**clusters, xds.ROUTES: (bundle(xds.ROUTES, outbound="a"),)})
     assert not stream.settled()
-    stream.opened()  # it had the time
+    stream.had_time_to_ask()
     assert stream.settled()
 
 

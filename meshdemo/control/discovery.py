@@ -220,8 +220,8 @@ class Discovery:
             connection.sending = False
         self._note(connection.stream)
 
-    def _opened(self, stream: Stream) -> None:
-        stream.opened()
+    def _had_time_to_ask(self, stream: Stream) -> None:
+        stream.had_time_to_ask()
         self._note(stream)
 
     def _note(self, stream: Stream) -> None:
@@ -252,7 +252,9 @@ class Discovery:
         connection = _Connection(Stream(instance, self._wanted(instance), wire, doubts), context, task)
         self._connections[instance.id] = connection
         # A sidecar need not ask for all that there is for it; then no request tells that it has asked.
-        opened = asyncio.get_running_loop().call_later(_ASKS_WITHIN_S, self._opened, connection.stream)
+        asked = asyncio.get_running_loop().call_later(
+            _ASKS_WITHIN_S, self._had_time_to_ask, connection.stream
+        )
         if before is not None:
             # Mostly the sidecar itself, after its connection broke; or somebody who has its token.
             self._journal(
@@ -277,7 +279,7 @@ class Discovery:
             task.uncancel()
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, connection.closing)
         finally:
-            opened.cancel()
+            asked.cancel()
             if self._connections.get(instance.id) is connection:
                 del self._connections[instance.id]
                 if doubts := connection.stream.doubts():

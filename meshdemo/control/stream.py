@@ -321,8 +321,8 @@ class Stream:
             for type_url, subscription in self._subscriptions.items()
         )
 
-    def opened(self) -> None:
-        """It has had the time to ask for all that it needs."""
+    def had_time_to_ask(self) -> None:
+        """It need not ask for everything: what it has not asked for by now, it does not need."""
         self._asked_all = True
 
     def _opening(self) -> bool:

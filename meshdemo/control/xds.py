@@ -39,12 +39,14 @@ SHORT: Final[Mapping[str, str]] = {
 class Bundle:
     """Encoded resources of one type that belong together. Compared by identity: renderers share them."""
 
-    __slots__ = ("__weakref__", "_versions", "names", "resources", "version")
+    __slots__ = ("__weakref__", "_versions", "names", "resources", "unknown", "version")
 
     def __init__(self, resources: Mapping[str, bytes]) -> None:
         """Resources by name, each as `encode` makes it."""
         self.resources = resources
         self.names = frozenset(resources)
+        # Names that stand there alone. Asked for each stream, and of what is rendered there are none.
+        self.unknown = frozenset(name for name, data in resources.items() if not data)
         self._versions: Mapping[str, str] | None = None
         # A hash of the content: the same after a restart of the control plane.
         self.version = _hash(*resources.values())
@@ -188,7 +190,7 @@ def less(bundles: Bundles, doubted: frozenset[str]) -> Bundles:
 
 def unknown(bundles: Bundles) -> frozenset[str]:
     """Names in them that stand there alone."""
-    return frozenset(name for bundle in bundles for name, data in bundle.resources.items() if not data)
+    return frozenset[str]().union(*(bundle.unknown for bundle in bundles))
 
 
 def _resources(bundles: Bundles) -> dict[str, bytes]:

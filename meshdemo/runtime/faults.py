@@ -360,7 +360,8 @@ def _inject_app(
 def _undone(runtime: Runtime, fault_id: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
     """What raises in the block is raised again after the fault is undone, and then its record ended.
 
-    A fault that cannot be undone stays on record, to be cleared later.
+    A fault that cannot be undone stays on record, to be cleared later. That one stays is said at the end of
+    the block, not here: an interrupt on the way out of it would undo nothing.
     """
     try:
         yield
