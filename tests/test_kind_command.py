@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from local_harness import wait_for
 
 from meshdemo.errors import BadInput, Failed
 from meshdemo.runtime.base import Step
-from meshdemo.runtime.kubernetes import kind_cluster, record
+from meshdemo.runtime.kubernetes import images, kind_cluster, record
+from meshdemo.runtime.kubernetes.delivery import Loading
 from meshdemo.runtime.kubernetes.kind import CLEAR_S, Kind
 from meshdemo.runtime.local.ports import Port
 from meshdemo.runtime.steps import run_steps
@@ -161,10 +163,11 @@ def test_a_network_that_is_not_ours_to_give_is_left_to_kind(kind: Path) -> None:
 # -- loading images ----------------------------------------------------------------------------------------
 
 # A node whose containerd has this configuration in the file `config`, and whose client takes what it is given,
-# or does not know how where there is a file `old`; its network then is another one, too. kind writes down what
-# it was asked for.
+# or does not know how where there is a file `old`; its network then is another one, too. What images it has is in
+# a file of its own, and it does not answer before there is one. kind writes down what it was asked for.
 _NODE = """
 case "$*" in
+  *"crictl images --output json") cat "images-of-$2";;
   *"cat /sys/class/net/eth0/mtu") echo 1450;;
   *"grep -q kindnetd"*) [ ! -e old ] || exit 1; for last; do :; done; printf %s "$last" > config-given;;
   *"containerd config dump") cat config;;
@@ -175,6 +178,7 @@ esac
 _KIND_LOADS = """
 case "$1 $2" in
   "version --quiet") echo 0.33.0;;
+  "get nodes") cat nodes;;
   "load image-archive") echo "$*" >> loaded;;
 esac
 """
@@ -208,3 +212,65 @@ def test_what_a_node_cannot_take_in_is_left_to_kind(kind: Path, config: str) -> 
     Kind().load("c", kind / "images.tar", ["one", "two"])
     said = (kind / "loaded").read_text()
     assert said == f"load image-archive {kind / 'images.tar'} --name c --nodes one,two\n"
+
+
+class Engine(images.Builder):
+    """A Docker Engine, of which an archive is all that is wanted."""
+
+    def __init__(self) -> None:
+        pass
+
+    def save(self, references: Sequence[str], archive: Path) -> None:
+        archive.write_text(" ".join(references))
+
+
+@pytest.fixture
+def loading(kind: Path) -> Iterator[Loading]:
+    """The loading of an image into a cluster with two nodes, of which one is there."""
+    stand_in(kind, "docker", _NODE)
+    stand_in(kind, "kind", _KIND_LOADS)
+    (kind / "config").write_text(_CONFIGS["containerd 2"])
+    (kind / "nodes").write_text("one")
+    loading = Loading(Kind(), Engine(), "c", ["image:1"])
+    loading.save(lambda _: None)
+    yield loading
+    loading.remove()
+
+
+def holds(folder: Path, node: str, *images: str) -> None:
+    """From now on a node says that it has these images."""
+    (folder / "said").write_text(json.dumps({"images": [{"repoTags": [one]} for one in images]}))
+    (folder / "said").rename(folder / f"images-of-{node}")  # all of it at once
+
+
+def test_nodes_are_given_images_while_they_boot(kind: Path, loading: Loading) -> None:
+    said: list[str] = []
+    made = threading.Event()
+    give = threading.Thread(target=loading.offer(2, made), args=(said.append,))
+    give.start()
+    wait_for("it to look for the nodes", lambda: said == ["waiting for the nodes"])
+    holds(kind, "one")
+    (kind / "nodes").write_text("one two")
+    assert not (kind / "imported").exists()  # the other one does not answer yet
+    holds(kind, "two")
+    give.join()
+    assert len((kind / "imported").read_text().splitlines()) == 2
+    assert (kind / "given").read_text() == "image:1"
+    for node in ("one", "two"):
+        holds(kind, node, "docker.io/library/image:1")
+    loading.load(said.append)
+    assert said == ["waiting for the nodes", "loading"]  # and not once more
+
+
+def test_a_node_that_takes_none_while_it_boots_gets_them_when_its_cluster_is_made(
+    kind: Path, loading: Loading
+) -> None:
+    made = threading.Event()
+    give = threading.Thread(target=loading.offer(2, made), args=(lambda _: None,))
+    give.start()
+    made.set()
+    give.join()
+    assert not (kind / "imported").exists()
+    holds(kind, "one")
+    loading.load(lambda _: None)
+    assert (kind / "given").read_text() == "image:1"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from meshdemo.errors import Failed
 from meshdemo.runtime.kubernetes import images, manifests
 from meshdemo.runtime.kubernetes.kind import Kind, Tell
+from meshdemo.runtime.steps import pause
 
 Work = Callable[[Tell], None]
 """What a step does; it tells what it is doing right now."""
@@ -68,11 +71,37 @@ class Loading:
         """Save all of them to a file, for nodes that have yet to be made."""
         self._save(self._wanted)
 
-    def load(self, tell: Tell) -> None:
-        """Load what the nodes lack.
+    def offer(self, nodes: int, made: threading.Event) -> Work:
+        """Has so many nodes take in the images while they boot, unless their cluster is `made` before.
 
-        They would take images while they boot; but a cluster that boots wants all processors.
+        That comes for little: much of a boot is waiting. What it does not reach is left to `load`.
         """
+
+        def run(tell: Tell) -> None:
+            tell("waiting for the nodes")
+            while not made.is_set():
+                if there := self._booted(nodes):
+                    tell("loading")
+                    self._kind.offer(self._archive, there)
+                    return
+                pause(0.5)
+
+        return run
+
+    def _booted(self, count: int) -> list[str]:
+        """The nodes, if there are so many and all of them take images; else none."""
+        try:
+            there = self._kind.nodes(self._cluster)
+            if len(there) == count:
+                for node in there:
+                    self._kind.missing(node, self._wanted)
+                return there
+        except Failed:
+            pass
+        return []
+
+    def load(self, tell: Tell) -> None:
+        """Load what the nodes lack."""
         try:
             lacking = {
                 node: self._kind.missing(node, self._wanted) for node in self._kind.nodes(self._cluster)

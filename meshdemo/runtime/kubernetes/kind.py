@@ -172,10 +172,14 @@ class Kind:
         `kind load` has containerd's transfer service take them in. Its client does the same in half the
         processor time. Nodes that cannot do so are left to kind.
         """
+        if left := self.offer(archive, nodes):
+            self.load_by_kind(cluster, archive, left)
+
+    def offer(self, archive: Path, nodes: Sequence[str]) -> list[str]:
+        """Load the images of an archive into nodes that can take them in; those that cannot."""
         with ThreadPoolExecutor(max(1, len(nodes))) as threads:
             loaded = list(threads.map(partial(self._import, archive), nodes))
-        if left := [node for node, done in zip(nodes, loaded, strict=True) if not done]:
-            self.load_by_kind(cluster, archive, left)
+        return [node for node, done in zip(nodes, loaded, strict=True) if not done]
 
     def _import(self, archive: Path, node: str) -> bool:
         at_node = [self._docker, "exec", "--interactive", node]

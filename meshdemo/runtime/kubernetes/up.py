@@ -1,12 +1,14 @@
 """Bringing a mesh up in a cluster: the steps, in the order that costs the least time.
 
-Images are built while the cluster boots, and go into its nodes as soon as it is there. Nothing that was made
-is undone when a later step fails: what is there is what the reason can be looked for in, and `up` again goes
-on from it. What `down` may remove is written down before it is made.
+Images are built while the cluster boots, and go into its nodes as soon as these take any, which they do long
+before the cluster is made. Nothing that was made is undone when a later step fails: what is there is what the
+reason can be looked for in, and `up` again goes on from it. What `down` may remove is written down before it
+is made.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -63,6 +65,7 @@ class _Up:
         self._runtime = runtime
         self._asked = Asked(runtime.kind, options)
         self._running: specs.MeshSpec | None = None
+        self._made = threading.Event()  # the cluster
 
     # -- is there anything to do? --------------------------------------------------------------------------
 
@@ -143,7 +146,9 @@ class _Up:
         if on_kind:
             loading = Loading(self._kind, delivery.builder, asked.name, asked.references.values())
             if self._makes_cluster:
-                there = [step("Saving the images", loading.save, *builds, undo=loading.remove)]
+                saved = step("Saving the images", loading.save, *builds, undo=loading.remove)
+                offer = loading.offer(1 + asked.workers, self._made)
+                there = [step("Loading the images while the nodes boot", offer, saved)]
             there = [step("Loading the images into the nodes", loading.load, cluster, *there)]
             if asked.observes and (known := delivery.observability_at_hand()):
                 also = Loading(self._kind, delivery.builder, asked.name, known)
@@ -195,6 +200,7 @@ class _Up:
     def _reach(self, tell: Tell) -> None:
         if self._asked.on_kind:
             self._reach_kind(tell)
+        self._made.set()
         try:
             self._runtime.cluster.deadline = self._asked.deadline
             version = self._runtime.cluster.version()
