@@ -10,7 +10,6 @@ are configured that were not before.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
 import sys
@@ -28,6 +27,7 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
 from meshdemo.control import xds
+from meshdemo.control.garbage import expect_streams
 from meshdemo.control.identity import CONTROL_PLANE_NAME, spiffe_id
 from meshdemo.control.signals import BOUNDS_MS
 from meshdemo.control.wire import INCREMENTAL, SERVICE
@@ -268,7 +268,7 @@ class _Export:
 def main() -> None:
     """The process."""
     crowd = Crowd(**json.loads(Path(sys.argv[1]).read_text()))
-    gc.set_threshold(50_000, 20, 50)  # thousands of calls are many objects, and no garbage
+    expect_streams(len(crowd.sidecars))
     asyncio.run(_Sidecars(crowd).run())
 
 

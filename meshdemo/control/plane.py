@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import secrets
 import time
@@ -28,6 +27,7 @@ from meshdemo.control import xds
 from meshdemo.control.certificates import Certificates
 from meshdemo.control.discovery import SERVER_OPTIONS, Discovery, Journal, Nack, Outcome
 from meshdemo.control.expiry import Expiry
+from meshdemo.control.garbage import expect_streams
 from meshdemo.control.identity import Authenticator, Authority, TokenHashes, bearer, spiffe_id
 from meshdemo.control.intent import Change, Intents, IntentStore, Overtaken, forget_gone
 from meshdemo.control.model import Effect, Instance, Intent, MeshState
@@ -114,7 +114,8 @@ class ControlPlane:
 
     async def start(self) -> None:
         """Start the timers (fault expiry, certificates). Call on the loop that serves."""
-        _expect_many_sidecars()
+        _allow_many_streams()
+        expect_streams(len(self._mesh.sidecars))
         self._timers = [
             asyncio.create_task(self._expiry.end_faults()),
             asyncio.create_task(self._expiry.end_splits()),
@@ -243,6 +244,7 @@ class ControlPlane:
             rendered = self._render(mesh, intent)
             was = {instance.id: instance.service for instance in self._mesh.sidecars}
             self._mesh = mesh
+            expect_streams(len(mesh.sidecars))
             self._take(intent, rendered)
             for instance in mesh.sidecars:
                 if was.get(instance.id, instance.service) != instance.service:
@@ -444,17 +446,16 @@ class ControlPlane:
                 self._journal({"event": "rotated", "root": True, "by": "control-plane"})
 
 
-def _expect_many_sidecars() -> None:
-    """Make the process fit for thousands of streams."""
-    # Each stream is a file; what a shell allows by default (1024) is too little.
+def _allow_many_streams() -> None:
+    """Let the process have thousands of files open, for each stream is one.
+
+    What a shell allows by default (1024) is too little.
+    """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # A push to a thousand sidecars makes objects by the ten thousand, next to none of them in cycles: with
-    # Python's defaults a seventh of its time went into looking for some.
-    gc.set_threshold(50_000, 20, 50)
 
 
 def _rejected(nacks: Sequence[Nack]) -> Failed:
