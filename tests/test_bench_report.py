@@ -298,7 +298,7 @@ def test_what_was_asked_for_wins() -> None:
         (["up"], Scale(), True, 17),
         (["up"], Scale(quick=True), True, 0.5),
         (["fault", "up"], Scale(runs=1), True, 0.2 + 0.4 + 7.5),
-        (["controlplane"], Scale(large=True), True, 7),
+        (["controlplane"], Scale(large=True), True, 8),
         (["heal"], Scale(alone=True), True, 13),
         (["heal"], Scale(alone=True, runs=5), True, 13),
     ],

@@ -37,6 +37,7 @@ TITLE = "What the control plane carries"
 
 SIZES, LARGE = (10, 100, 1000), 5000
 JUDGED = 1000  # the size that bars are about
+_TURNS = 2  # A B A B: a machine is not as fast in one minute as in another
 _SERVICES = 100
 _EXPORT_S = 5.0
 _PAUSE_S = 0.5  # after a change, for its last work to be counted
@@ -61,13 +62,14 @@ class _Found:
 def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
     """Measure. Raises MeshdemoError."""
     sizes = [*(SIZES[:2] if scale.quick else SIZES), *([LARGE] if scale.large else [])]
-    found: dict[int, _Found] = {}
+    found = {size: _Found() for size in sizes}
     failures: list[str] = []
-    for size in sizes:
-        found[size] = _Found()
-        tell_of_it = partial(_tell, tell, size)
-        with attempt(_name(size), failures), _open_files():
-            _measure(stage, size, scale, found[size], tell_of_it)
+    turns = min(_TURNS, scale.rounds(_TURNS, quick=1))
+    for _ in range(turns):
+        for size in sizes:
+            tell_of_it = partial(_tell, tell, size)
+            with attempt(_name(size), failures), _open_files():
+                _measure(stage, size, scale, turns, found[size], tell_of_it)
     return Findings(
         figures=_figures(found),
         curves=_curves(found),
@@ -85,19 +87,24 @@ def _tell(tell: Tell, size: int, line: str) -> None:
     tell(f"{_name(size)}: {line}")
 
 
-def _measure(stage: Stage, size: int, scale: Scale, found: _Found, tell: Tell) -> None:
+def _measure(stage: Stage, size: int, scale: Scale, turns: int, found: _Found, tell: Tell) -> None:
+    """Measure in one of so many turns."""
+
+    def rounds(whole: int, *, quick: int) -> range:
+        return range(math.ceil(scale.rounds(whole, quick=quick) / turns))
+
     tell("starting")
     mesh = _mesh(size)
     with _ControlPlane(stage, mesh) as plane, _Sidecars(stage, plane, mesh) as sidecars:
         sidecars.await_all(sidecars.began)
         plane.await_acks()
         tell("at rest")
-        for _ in range(scale.rounds(3, quick=1)):
-            found.rest_cpu.append(plane.cpu_share(scale.seconds(10, quick=5)) * 100)
-        at_rest = quantile(found.rest_cpu, 0.5) / 100
+        shares = [plane.cpu_share(scale.seconds(10, quick=5)) for _ in rounds(4, quick=1)]
+        found.rest_cpu += [share * 100 for share in shares]
+        at_rest = quantile(shares, 0.5)
         found.memory_mb.append(plane.memory_mb())
         client = plane.client()
-        for number in range(scale.rounds(5, quick=2)):
+        for number in rounds(10, quick=2):
             tell(f"changes, round {number + 1}")
             used, began = plane.cpu_s(), time.monotonic()
             effect = client.set_traffic("s0", {"timeout_ms": 5000 + number}).effect
@@ -118,7 +125,7 @@ def _measure(stage: Stage, size: int, scale: Scale, found: _Found, tell: Tell) -
             plane.await_acks()
             time.sleep(_PAUSE_S)
         found.memory_mb.append(plane.memory_mb())
-        for number in range(scale.rounds(3, quick=1)):
+        for number in rounds(4, quick=1):
             tell(f"restart, round {number + 1}")
             began = plane.restart()
             found.storm_s.append(sidecars.await_all(began) - began)

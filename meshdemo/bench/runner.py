@@ -42,7 +42,7 @@ SUITES: Mapping[str, About] = {
     "overhead": About(5, 1, 5),
     "fault": About(2, 0.5, 10),
     "heal": About(24, 4, 5, kind_minutes=17, alone_minutes=13),
-    "controlplane": About(3, 1, 5, large_minutes=4),
+    "controlplane": About(3, 1, 5, large_minutes=5),
     "up": About(2, 0.5, 5, kind_minutes=15, kind_rounds=2),
     "load": About(3, 1, 3),
     "see": About(6, 1, 5),
