@@ -209,6 +209,10 @@ def test_two_ups_at_once(cli: Cli) -> None:
     assert cli.all_ready()
 
 
+# What Python says, and ends with status 1, if it is interrupted before it has come to anything of ours.
+_PYTHON_STARTS = ("Could not import runpy module", "Fatal Python error: init_")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_up_that_is_interrupted_leaves_nothing(cli: Cli, number: signal.Signals) -> None:
     moments = _moments(cli)
@@ -219,7 +223,7 @@ def test_an_up_that_is_interrupted_leaves_nothing(cli: Cli, number: signal.Signa
         out, err = process.communicate(timeout=DEADLINE_S)
         if process.returncode == 0:  # it was done already
             cli.run("down")
-        else:
+        elif not err.startswith(_PYTHON_STARTS):
             assert process.returncode in {130, -number}, (out, err)
         wait_for("nothing left", lambda: cli.leftovers() == [])
 
