@@ -246,7 +246,7 @@ def holds(folder: Path, node: str, *images: str) -> None:
 def test_nodes_are_given_images_while_they_boot(kind: Path, loading: Loading) -> None:
     said: list[str] = []
     made = threading.Event()
-    give = threading.Thread(target=loading.offer(2, made), args=(said.append,))
+    give = threading.Thread(target=loading.offer, args=(2, made, said.append))
     give.start()
     wait_for("it to look for the nodes", lambda: said == ["waiting for the nodes"])
     holds(kind, "one")
@@ -266,7 +266,7 @@ def test_a_node_that_takes_none_while_it_boots_gets_them_when_its_cluster_is_mad
     kind: Path, loading: Loading
 ) -> None:
     made = threading.Event()
-    give = threading.Thread(target=loading.offer(2, made), args=(lambda _: None,))
+    give = threading.Thread(target=loading.offer, args=(2, made, lambda _: None))
     give.start()
     made.set()
     give.join()

@@ -65,11 +65,12 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
     found = {size: _Found() for size in sizes}
     failures: list[str] = []
     turns = min(_TURNS, scale.rounds(_TURNS, quick=1))
+    turn = scale if scale.runs is None else replace(scale, runs=math.ceil(scale.runs / turns))
     for _ in range(turns):
         for size in sizes:
             tell_of_it = partial(_tell, tell, size)
             with attempt(_name(size), failures), _open_files():
-                _measure(stage, size, scale, turns, found[size], tell_of_it)
+                _measure(stage, size, turn, found[size], tell_of_it)
     return Findings(
         figures=_figures(found),
         curves=_curves(found),
@@ -87,24 +88,20 @@ def _tell(tell: Tell, size: int, line: str) -> None:
     tell(f"{_name(size)}: {line}")
 
 
-def _measure(stage: Stage, size: int, scale: Scale, turns: int, found: _Found, tell: Tell) -> None:
-    """Measure in one of so many turns."""
-
-    def rounds(whole: int, *, quick: int) -> range:
-        return range(math.ceil(scale.rounds(whole, quick=quick) / turns))
-
+def _measure(stage: Stage, size: int, scale: Scale, found: _Found, tell: Tell) -> None:
+    """One turn."""
     tell("starting")
     mesh = _mesh(size)
     with _ControlPlane(stage, mesh) as plane, _Sidecars(stage, plane, mesh) as sidecars:
         sidecars.await_all(sidecars.began)
         plane.await_acks()
         tell("at rest")
-        shares = [plane.cpu_share(scale.seconds(10, quick=5)) for _ in rounds(4, quick=1)]
+        shares = [plane.cpu_share(scale.seconds(10, quick=5)) for _ in range(scale.rounds(2, quick=1))]
         found.rest_cpu += [share * 100 for share in shares]
         at_rest = quantile(shares, 0.5)
         found.memory_mb.append(plane.memory_mb())
         client = plane.client()
-        for number in rounds(10, quick=2):
+        for number in range(scale.rounds(5, quick=2)):
             tell(f"changes, round {number + 1}")
             used, began = plane.cpu_s(), time.monotonic()
             effect = client.set_traffic("s0", {"timeout_ms": 5000 + number}).effect
@@ -125,7 +122,7 @@ def _measure(stage: Stage, size: int, scale: Scale, turns: int, found: _Found, t
             plane.await_acks()
             time.sleep(_PAUSE_S)
         found.memory_mb.append(plane.memory_mb())
-        for number in rounds(4, quick=1):
+        for number in range(scale.rounds(2, quick=1)):
             tell(f"restart, round {number + 1}")
             began = plane.restart()
             found.storm_s.append(sidecars.await_all(began) - began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,41 +72,24 @@ class Loading:
         """Save all of them to a file, for nodes that have yet to be made."""
         self._save(self._wanted)
 
-    def offer(self, nodes: int, made: threading.Event) -> Work:
-        """Has so many nodes take in the images while they boot, unless their cluster is `made` before.
+    def offer(self, nodes: int, made: threading.Event, tell: Tell) -> None:
+        """Have so many nodes take in the images while they boot, unless their cluster is `made` before.
 
         That comes for little: much of a boot is waiting. What it does not reach is left to `load`.
         """
-
-        def run(tell: Tell) -> None:
-            tell("waiting for the nodes")
-            while not made.is_set():
-                if there := self._booted(nodes):
+        tell("waiting for the nodes")
+        while not made.is_set():
+            with contextlib.suppress(Failed):  # they are booting
+                if len(there := self._lacking()) == nodes:
                     tell("loading")
-                    self._kind.offer(self._archive, there)
+                    self._kind.offer(self._archive, list(there))
                     return
-                pause(0.5)
-
-        return run
-
-    def _booted(self, count: int) -> list[str]:
-        """The nodes, if there are so many and all of them take images; else none."""
-        try:
-            there = self._kind.nodes(self._cluster)
-            if len(there) == count:
-                for node in there:
-                    self._kind.missing(node, self._wanted)
-                return there
-        except Failed:
-            pass
-        return []
+            pause(0.5)
 
     def load(self, tell: Tell) -> None:
         """Load what the nodes lack."""
         try:
-            lacking = {
-                node: self._kind.missing(node, self._wanted) for node in self._kind.nodes(self._cluster)
-            }
+            lacking = self._lacking()
             needed = sorted({image for images_of in lacking.values() for image in images_of})
             if not needed:
                 return
@@ -116,6 +100,10 @@ class Loading:
             self._kind.load(self._cluster, self._archive, [node for node, some in lacking.items() if some])
         finally:
             self.remove()
+
+    def _lacking(self) -> dict[str, list[str]]:
+        """What each node lacks. Raises Failed while one cannot say."""
+        return {node: self._kind.missing(node, self._wanted) for node in self._kind.nodes(self._cluster)}
 
     def remove(self) -> None:
         """Remove the file."""

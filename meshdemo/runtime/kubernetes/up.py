@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from meshdemo import names
@@ -147,7 +147,7 @@ class _Up:
             loading = Loading(self._kind, delivery.builder, asked.name, asked.references.values())
             if self._makes_cluster:
                 saved = step("Saving the images", loading.save, *builds, undo=loading.remove)
-                offer = loading.offer(1 + asked.workers, self._made)
+                offer = partial(loading.offer, 1 + asked.workers, self._made)
                 there = [step("Loading the images while the nodes boot", offer, saved)]
             there = [step("Loading the images into the nodes", loading.load, cluster, *there)]
             if asked.observes and (known := delivery.observability_at_hand()):
