@@ -374,6 +374,21 @@ def test_no_more_actions_than_allowed() -> None:
     assert run.kinds().count("eject") == 2
 
 
+def test_what_had_to_wait_is_used_when_nothing_else_has_helped() -> None:
+    run = start()
+    run.mesh.release("v1", errors=0.3)
+    run.run(20, run.healed)
+    again_at = run.mesh.now
+    run.mesh.release("v1", errors=0.3)
+    run.run(30)
+    assert run.kinds() == ["rollback", "restart"]  # rolling back again has to wait, and restarting is no help
+    assert "rollback was used" in run.of("blocked")[0].text and not run.of("gave_up")
+    run.run(60, run.healed)
+    assert run.kinds() == ["rollback", "restart", "rollback"]
+    assert run.names()[-1] == "healed" and not run.of("gave_up")
+    assert run.mesh.now < again_at + 70
+
+
 def test_a_dry_run_says_and_touches_nothing() -> None:
     run = start(dry_run=True)
     run.mesh.mesh_fault(instance=B2, err_rate=0.5)

@@ -283,6 +283,7 @@ class Core:
         incident.place = place
         if not known or symptom != incident.symptom:
             incident.symptom, incident.position = symptom, 0
+            incident.postponed.clear()
             incident.rule = self.policy.rule_for(
                 scope=place.scope, service=incident.service, objective=incident.objective, symptom=symptom
             )
@@ -398,7 +399,9 @@ class Core:
             return
         passed_over: list[dict[str, str]] = []
         until = math.inf
-        for position in range(incident.position, len(rule.remedies)):
+        # What had to wait is not forgotten: its turn comes again when nothing else is left.
+        waited = sorted(position for position in incident.postponed if position < incident.position)
+        for position in (*range(incident.position, len(rule.remedies)), *waited):
             remedy = rule.remedies[position]
             plan = choose.plan(remedy, incident.service, place, self.situation)
             if isinstance(plan, Senseless):
@@ -410,12 +413,15 @@ class Core:
             block = self.guard.check(plan, self.situation, self.now)
             if block is not None:
                 passed_over.append({"remedy": remedy.kind, "reason": block.reason})
-                until = min(until, block.until if block.until is not None else math.inf)
+                if block.until is not None:
+                    incident.postponed.add(position)
+                    until = min(until, block.until)
                 if plan.words not in incident.blocked:
                     incident.blocked.append(plan.words)
                     self._tell.blocked(incident, plan, block.reason)
                 continue
-            incident.position = position + 1
+            incident.position = max(incident.position, position + 1)
+            incident.postponed.discard(position)
             self._start(incident, plan, passed_over)
             return
         if until < math.inf:

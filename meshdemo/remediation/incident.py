@@ -152,6 +152,7 @@ class Incident:
     symptom: str = ""
     rule: Rule | None = None
     position: int = 0  # of the next remedy of the rule
+    postponed: set[int] = field(default_factory=set)  # positions of those that a guardrail lets wait
     tried: list[tuple[str, str]] = field(default_factory=list)  # (remedy, target)
     remedies: list[str] = field(default_factory=list)  # in words
     plan: Plan | None = None
