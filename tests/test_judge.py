@@ -166,6 +166,25 @@ def test_one_bad_instance_of_a_hundred_is_found_though_the_service_is_fine() -> 
             assert verdict is None or verdict.instance == "b-7"
 
 
+def test_what_hangs_is_found_though_it_answers_too_few_to_judge() -> None:
+    judge = ObjectiveJudge(objective("latency: {below: 300ms, share: 95%}"), "b")
+    for second in range(1, 10):
+        judge.add(sample(second, 20))
+        assert judge.verdict("b-1", second) is None
+    judge.add(sample(10, 0, overdue=6))
+    assert judge.verdict("b-1", 10) is None
+    judge.add(sample(11, 0, overdue=12))
+    verdict = judge.verdict("b-1", 11)
+    assert verdict is not None and (verdict.bad, verdict.requests, verdict.overdue) == (12, 12, 12)
+
+
+def test_what_hardly_anybody_asks_for_is_not_judged_even_if_it_hangs() -> None:
+    judge = ObjectiveJudge(objective("latency: {below: 300ms, share: 95%}"), "b")
+    judge.add(sample(1, 20))
+    judge.add(sample(2, 0, overdue=12))
+    assert judge.verdict("b-1", 2) is None
+
+
 def test_what_may_take_its_time_is_not_overdue_before_it_is() -> None:
     judge = ObjectiveJudge(objective("latency: {below: 5s, share: 95%}"), "b")
     for second in range(1, 20):

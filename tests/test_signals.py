@@ -56,6 +56,7 @@ samples = st.builds(
     in_flight=st.integers(0, 100),
     arrived=st.integers(0, 100),
     waiting=st.lists(st.tuples(st.floats(0, 60), st.integers(1, 100)), max_size=3).map(tuple),
+    usual=st.integers(0, 100),
     cells=st.lists(cells, max_size=3).map(tuple),
 )
 

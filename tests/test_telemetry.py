@@ -334,6 +334,33 @@ def test_how_long_requests_wait_is_known_to_the_export() -> None:
     assert waiting(in_flight=100, arrived=50) == [(1, 50)]
 
 
+def test_what_takes_long_as_usual_is_told_from_what_hangs() -> None:
+    clock = Clock()
+    store = Store(clock)
+
+    def add(in_flight: int, arrived: int) -> Sample:
+        clock.now += 0.5
+        one = export(clock.now, start=clock.now - 0.5, in_flight=in_flight, arrived=arrived)
+        sample = store.add(instance(), one)
+        assert sample is not None
+        return sample
+
+    # Of 50 that come, one takes ten seconds: soon 20 are in flight at any moment. Now and then hardly any come.
+    for number in range(64):
+        sample = add(in_flight=min(number, 20), arrived=5 if number % 8 == 7 else 50)
+        assert sample.waiting_for(0.3) <= 3
+    assert sample.usual == 20
+    assert sample.overdue > 3  # in flight for the whole of this export, as far as is known
+    # Nothing is answered any more.
+    assert add(in_flight=70, arrived=50).waiting_for(0.3) == 0  # it may all have come just now
+    assert add(in_flight=120, arrived=50).waiting_for(0.3) == 50
+    assert add(in_flight=170, arrived=50).waiting_for(0.3) == 100
+    # It is over: what was in flight meanwhile is not what is usual.
+    for _ in range(5):
+        sample = add(in_flight=0, arrived=50)
+    assert sample.usual == 0
+
+
 def listen(store: Store, clock: Clock, seconds: float) -> None:
     """Let time pass while the loop runs."""
     for _ in range(round(seconds * 10)):
@@ -400,9 +427,10 @@ def test_ten_minutes_are_kept_and_packed_samples_come_back_as_they_were() -> Non
     added: list[Sample] = []
     for number in range(700):
         clock.now += 1
-        sample = store.add(instance(), export(clock.now, requests=1 + number % 7))
+        sample = store.add(instance(), export(clock.now, requests=1 + number % 7, in_flight=number // 9))
         assert sample is not None
         added.append(sample)
+    assert added[-1].usual
     kept = store.window(10_000)
     assert 600 <= len(kept) <= 604
     assert kept == added[-len(kept) :]

@@ -25,7 +25,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ _SET_CLOCK_S = 3.0  # an export that seems so late was stamped by a clock that h
 _LONGEST_S = 120.0  # no sidecar reports less often
 _STALL_S = 2.0  # a loop that does not beat for so long stood still
 _BACKLOG_MAX = 128  # exports for which requests that wait are remembered: a minute of them
+_USUAL_S = (2.0, 4.0)  # so long ago was what is usual: before what goes on now, and not long before
 _GATHER_S = 0.02  # who waits for samples gets those of so long at once
 
 
@@ -59,6 +60,7 @@ class _Reporter:
     received: float
     sample: Sample
     backlog: tuple[tuple[float, int], ...]  # (stamp, at least so many in flight ever since), newest first
+    flights: tuple[tuple[float, int], ...]  # (stamp, so many in flight then), newest first
 
 
 def _backlog(known: _Reporter | None, export: Export) -> tuple[tuple[float, int], ...]:
@@ -74,6 +76,19 @@ def _backlog(known: _Reporter | None, export: Export) -> tuple[tuple[float, int]
     answered = max(0, before + export.arrived - export.in_flight)
     then = (known.stamp, before), *known.backlog
     return tuple((since, n - answered) for since, n in then[:_BACKLOG_MAX] if n > answered)
+
+
+def _flights(known: _Reporter | None, export: Export) -> tuple[tuple[float, int], ...]:
+    """How many were in flight in the last seconds, this export included."""
+    before = () if known is None else known.flights
+    recent = ((stamp, n) for stamp, n in before if stamp >= export.stamp - _USUAL_S[1])
+    return (export.stamp, export.in_flight), *recent
+
+
+def _usual(flights: Sequence[tuple[float, int]]) -> int:
+    """How many were in flight at all times a few seconds before the newest of these."""
+    latest_s = flights[0][0] - _USUAL_S[0]
+    return min((n for stamp, n in flights if stamp <= latest_s), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +142,7 @@ class Store:
             start = known.stamp if known is not None and known.stamp < export.stamp else export.stamp - 1.0
         backlog = _backlog(known, export)
         waiting = [(export.stamp - since, int(n * real)) for since, n in backlog]
+        flights = _flights(known, export)
         sample = Sample(
             instance=instance.id,
             service=instance.service,
@@ -137,9 +153,10 @@ class Store:
             in_flight=export.in_flight,
             arrived=export.arrived,
             waiting=tuple((waited_s, n) for waited_s, n in waiting if n),
+            usual=int(_usual(flights) * real),
             cells=export.cells,
         )
-        self._reporters[instance.id] = _Reporter(offset, export.stamp, now, sample, backlog)
+        self._reporters[instance.id] = _Reporter(offset, export.stamp, now, sample, backlog, flights)
         with self._condition:
             self._seq += 1
             self._recent.append((self._seq, now, sample))
@@ -261,7 +278,7 @@ class Store:
 def _pack(sample: Sample) -> tuple[Any, ...]:
     return (
         sample.instance, sample.service, sample.version, sample.revision, sample.start, sample.end,
-        sample.in_flight, sample.arrived, tuple(sample.waiting),
+        sample.in_flight, sample.arrived, tuple(sample.waiting), sample.usual,
         tuple(
             (
                 cell.inbound, cell.peer, cell.route, cell.requests, cell.failures, cell.denied, cell.refused,
@@ -278,8 +295,8 @@ def _unpack(chunk: _Packed) -> Iterator[tuple[int, float, Sample]]:
     """(sequence number, received, sample) of a chunk."""
     rows = marshal.loads(zlib.decompress(chunk.content))  # noqa: S302 - written by this very process
     for number, (received, row) in enumerate(rows, chunk.first):
-        cells = tuple(Cell(*cell[:17], *map(Histogram, cell[17:])) for cell in row[9])
-        yield number, received, Sample(*[*row[:9], cells])
+        cells = tuple(Cell(*cell[:17], *map(Histogram, cell[17:])) for cell in row[10])
+        yield number, received, Sample(*[*row[:10], cells])
 
 
 # -- the gRPC service -------------------------------------------------------------------------------------

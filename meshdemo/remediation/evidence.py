@@ -225,7 +225,7 @@ def symptom(
         failures += sum(cell.failures for cell in sample.cells if cell.inbound)
         answered += _answered(sample)
         timed_out += _timed_out(sample)
-    waiting = sum(sample.overdue for sample in newest.values())
+    waiting = sum(sample.waiting_for(0) for sample in newest.values())
     stuck = waiting + timed_out
     if stuck and stuck >= failures - timed_out and (stuck > answered or waiting * 2 > stuck):
         if timed_out >= waiting:

@@ -144,13 +144,18 @@ class Track:
             window.add(entry)
 
     def violated(self, allowed: float, min_requests: int, alpha: float) -> Window | None:
-        """The shortest window in which more is bad than allowed, beyond doubt."""
+        """The shortest window in which more is bad than allowed, beyond doubt.
+
+        What hangs answers little, so the short windows have few requests of it just then. Where most of the
+        bad ones still wait, it is enough that the longest window has as many as are asked for.
+        """
         overdue = self.overdue
+        busy = self.longest.requests + overdue >= min_requests
         for window in self.windows:
             bad, requests = window.bad + overdue, window.requests + overdue
             if (
                 bad > allowed * requests
-                and requests >= min_requests
+                and (requests >= min_requests or (busy and overdue * 2 >= bad))
                 and stats.exceeds(bad, requests, allowed, alpha)
             ):
                 return window
