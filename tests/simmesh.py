@@ -47,6 +47,7 @@ class Instance:
     last_export: float = START
     stuck: list[float] = field(default_factory=list)  # arrival times of requests without an answer
     flying: list[tuple[float, str, bool, float]] = field(default_factory=list)  # due, caller, bad, latency
+    flights: list[tuple[float, int]] = field(default_factory=list)  # end of an export, in flight then
     arrived: int = 0
     counts: dict[str, list[Any]] = field(default_factory=dict)  # caller -> [requests, failures, histogram]
     outbound: dict[str, list[int]] = field(default_factory=dict)  # callee -> [requests, failures]
@@ -272,8 +273,10 @@ class SimMesh:
             in_flight=in_flight,
             arrived=one.arrived,
             waiting=((self.now - one.last_export, overdue),) if overdue > 0 else (),
+            usual=min((n for at, n in one.flights if 2 <= self.now - at <= 8), default=0),
             cells=tuple(cells),
         )
+        one.flights.append((self.now, in_flight))
         one.last_export, one.arrived, one.counts, one.outbound = self.now, 0, {}, {}
         return sample
 

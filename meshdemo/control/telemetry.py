@@ -47,7 +47,7 @@ _SET_CLOCK_S = 3.0  # an export that seems so late was stamped by a clock that h
 _LONGEST_S = 120.0  # no sidecar reports less often
 _STALL_S = 2.0  # a loop that does not beat for so long stood still
 _BACKLOG_MAX = 128  # exports for which requests that wait are remembered: a minute of them
-_USUAL_S = (2.0, 4.0)  # so long ago was what is usual: before what goes on now, and not long before
+_USUAL_S = (2.0, 8.0)  # so long ago was what is usual: before what goes on now, and not long before
 _GATHER_S = 0.02  # who waits for samples gets those of so long at once
 
 
