@@ -8,6 +8,7 @@ Remedies take as long as on the local runtime. Everything is seeded.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,7 +48,8 @@ class Instance:
     last_export: float = START
     stuck: list[float] = field(default_factory=list)  # arrival times of requests without an answer
     flying: list[tuple[float, str, bool, float]] = field(default_factory=list)  # due, caller, bad, latency
-    flights: list[tuple[float, int]] = field(default_factory=list)  # end of an export, in flight then
+    # (end, in flight then) of the last exports
+    flights: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=20))
     arrived: int = 0
     counts: dict[str, list[Any]] = field(default_factory=dict)  # caller -> [requests, failures, histogram]
     outbound: dict[str, list[int]] = field(default_factory=dict)  # callee -> [requests, failures]
