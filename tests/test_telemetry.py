@@ -228,6 +228,15 @@ def export(stamp: float, requests: int = 10, **more: Any) -> Export:
     return Export(**{**known, **more})
 
 
+def next_sample(store: Store, clock: Clock, in_flight: int, arrived: int, after_s: float = 1.0) -> Sample:
+    """The sample of an export that comes so long after the last one."""
+    clock.now += after_s
+    one = export(clock.now, start=clock.now - after_s, in_flight=in_flight, arrived=arrived)
+    sample = store.add(instance(), one)
+    assert sample is not None
+    return sample
+
+
 def test_identity_and_revision_come_from_the_instance() -> None:
     clock = Clock()
     sample = Store(clock).add(instance(), export(clock.now))
@@ -298,10 +307,7 @@ def test_overdue_are_those_in_flight_for_longer_than_one_export() -> None:
     store = Store(clock)
 
     def overdue(in_flight: int, arrived: int) -> int:
-        clock.now += 1
-        sample = store.add(instance(), export(clock.now, in_flight=in_flight, arrived=arrived))
-        assert sample is not None
-        return sample.overdue
+        return next_sample(store, clock, in_flight, arrived).overdue
 
     assert overdue(in_flight=10, arrived=100) == 0
     assert overdue(in_flight=10, arrived=100) == 0
@@ -318,9 +324,7 @@ def test_how_long_requests_wait_is_known_to_the_export() -> None:
     store = Store(clock)
 
     def waiting(in_flight: int, arrived: int) -> list[tuple[float, int]]:
-        clock.now += 1
-        sample = store.add(instance(), export(clock.now, in_flight=in_flight, arrived=arrived))
-        assert sample is not None
+        sample = next_sample(store, clock, in_flight, arrived)
         return [(round(waited_s, 3), n) for waited_s, n in sample.waiting]
 
     assert waiting(in_flight=20, arrived=100) == []
@@ -339,11 +343,7 @@ def test_what_takes_long_as_usual_is_told_from_what_hangs() -> None:
     store = Store(clock)
 
     def add(in_flight: int, arrived: int) -> Sample:
-        clock.now += 0.5
-        one = export(clock.now, start=clock.now - 0.5, in_flight=in_flight, arrived=arrived)
-        sample = store.add(instance(), one)
-        assert sample is not None
-        return sample
+        return next_sample(store, clock, in_flight, arrived, after_s=0.5)
 
     # Of 50 that come, one takes ten seconds: soon 20 are in flight at any moment.
     for number in range(40):
