@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 import time
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from meshdemo.bench import controlplane, load, prometheus, see, steer, trial, up
+from meshdemo.bench import controlplane, load, machine, prometheus, see, steer, trial, up
 from meshdemo.bench.heal_kind import rolled_out
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import _Export
@@ -49,6 +52,27 @@ def test_a_few_simulated_sidecars_on_a_real_control_plane(monkeypatch: pytest.Mo
         assert all(math.isfinite(value) for values in figure.values.values() for value in values), figure
     assert all(value > 0 for values in figures["controlplane.storm"].values.values() for value in values)
     assert any("to the power of" in note for note in findings.notes)
+
+
+# -- processor time ---------------------------------------------------------------------------------------
+
+
+def test_the_processor_time_of_a_process() -> None:
+    # It counts its own to the end: nobody else's clock can be mistaken for it.
+    code = "import sys, time\nwhile time.process_time() < 0.2: pass\nprint(time.process_time(), flush=True)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        said = float(process.stdout.readline())
+        of_it = psutil.Process(process.pid)
+        used = machine.cpu_s([of_it])
+        process.stdin.close()
+    assert used == pytest.approx(said, abs=0.1)
+    assert used >= 0.2
+    with pytest.raises(psutil.NoSuchProcess):
+        machine.cpu_s([of_it])
 
 
 # -- healing ----------------------------------------------------------------------------------------------

@@ -187,8 +187,7 @@ class _Server:
 
     def cpu_s(self) -> float:
         """Processor time that it has used (s)."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return times.user + times.system
+        return machine.cpu_s([psutil.Process(self.process.pid)])
 
     def stall(self, after_s: float) -> None:
         """Let it stand still for a while."""

@@ -58,8 +58,7 @@ class Way:
 
     def cpu_s(self) -> float:
         """Processor time that the proxies have used (s)."""
-        times = [process.cpu_times() for process in self.proxies]
-        return sum(one.user + one.system for one in times)
+        return machine.cpu_s(self.proxies)
 
     def memory_mb(self) -> float:
         """Resident memory of the proxies (MB)."""

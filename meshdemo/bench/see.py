@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import psutil
 
+from meshdemo.bench import machine
 from meshdemo.bench.loops import HOST, OpenLoop
 from meshdemo.bench.model import Bar, Figure, Findings
 from meshdemo.bench.overhead import instant_app
@@ -94,10 +95,10 @@ def _round(stage: Stage, runtime: LocalRuntime, port: int, seconds: float, found
         for name in (NOT_TAPPED, TAPPED) * 2:
             with _tap(stage, runtime, name == TAPPED) as tap:
                 time.sleep(_SETTLE_S)
-                told, used, began = tap.told(), _cpu_s(control), time.monotonic()
+                told, used, began = tap.told(), machine.cpu_s([control]), time.monotonic()
                 time.sleep(seconds)
                 end = time.monotonic()
-                parts.append((name, began, end, _cpu_s(control) - used))
+                parts.append((name, began, end, machine.cpu_s([control]) - used))
                 if name == TAPPED:
                     tap.check()
                     seen.append((tap.told() - told) / (end - began))
@@ -117,11 +118,6 @@ def _round(stage: Stage, runtime: LocalRuntime, port: int, seconds: float, found
 
 def _latency(one: Request) -> float:
     return one.took_s if one.status == 200 else math.inf
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
 
 
 class _Tap:

@@ -12,20 +12,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
-from meshdemo.bench import up_kind
+from meshdemo.bench import machine, up_kind
 from meshdemo.bench.model import Bar, Figure, Findings, LeftOut
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.stage import Stage, Tell, attempt
 from meshdemo.errors import Failed
 from meshdemo.runtime.local import leftovers
 from meshdemo.runtime.local.runtime import LocalRuntime
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 TITLE = "How long `up` takes, what an idle mesh uses, and how long `inject` takes"
 
@@ -151,19 +147,11 @@ def _steps(said: str) -> Mapping[str, float]:
 def _idle(runtime: LocalRuntime, seconds: float) -> tuple[float, float]:
     """What share of one processor all processes of a mesh use, and their memory (MB)."""
     processes = leftovers.find(runtime.paths.state)
-    before = _cpu_s(processes)
+    before = machine.cpu_s(processes)
     began = time.monotonic()
     time.sleep(seconds)
-    busy = (_cpu_s(processes) - before) / (time.monotonic() - began)
+    busy = (machine.cpu_s(processes) - before) / (time.monotonic() - began)
     return busy, sum(_memory_mb(process) for process in processes)
-
-
-def _cpu_s(processes: Sequence[psutil.Process]) -> float:
-    total = 0.0
-    for process in processes:
-        times = process.cpu_times()
-        total += times.user + times.system
-    return total
 
 
 def _memory_mb(process: psutil.Process) -> float:
