@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import pytest
 import yaml
 
-from meshdemo.bench import controlplane, load, machine, prometheus, see, steer, trial, up
+from meshdemo.apps import loader
+from meshdemo.bench import controlplane, heal, load, machine, outlier, prometheus, see, steer, trial, up
 from meshdemo.bench.heal_kind import rolled_out
+from meshdemo.bench.loops import OpenLoop
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import _Export
 from meshdemo.bench.stage import Stage, attempt, until
 from meshdemo.bench.stats import Request
+from meshdemo.control.model import Fault
 from meshdemo.control.otlp import decode
 from meshdemo.control.signals import Histogram
 from meshdemo.errors import Failed
+from meshdemo.runtime import faults
+from meshdemo.runtime.local import probe
 
 # -- simulated sidecars -----------------------------------------------------------------------------------
 
@@ -110,7 +118,11 @@ def test_the_rules_of_prometheus_are_sound() -> None:
         settings = yaml.safe_load(stage.render("alertmanager.yml.j2", webhook=1234).read_text())
     names = [rule["alert"] for rule in group["rules"]]
     assert names == [
-        *(f"{scope}{what}" for what in ("Errors", "Failures", "Slow") for scope in ("Instance", "Service")),
+        *(
+            f"{scope}{what}"
+            for what in ("Errors", "Failures", "Slow", "Late")
+            for scope in ("Instance", "Service")
+        ),
         "InstanceDown",
     ]
     assert all(rule["expr"].count("(") == rule["expr"].count(")") for rule in group["rules"])
@@ -118,11 +130,14 @@ def test_the_rules_of_prometheus_are_sound() -> None:
     assert {"InstanceDown"} | {f"Service{what}" for what in ("Errors", "Slow")} <= set(names)
 
 
+_MESH_FAULT = Fault(id="f1", service="service-b", at="mesh", err_rate=0.3, started_at=1.0)
+
+
 class FakeRuntime:
     """What the webhook asks of a runtime to choose a remedy."""
 
-    def __init__(self, revisions: int = 1, ejected: int = 0) -> None:
-        self._revisions, self._ejected = revisions, ejected
+    def __init__(self, revisions: int = 1, ejected: int = 0, faults: Sequence[Fault] = ()) -> None:
+        self._revisions, self._ejected, self.faults = revisions, ejected, faults
 
     def revisions(self, service: str, version: str) -> list[int]:
         return list(range(self._revisions))
@@ -146,6 +161,7 @@ class FakeRuntime:
         ("InstanceFailures", FakeRuntime(ejected=1), None),  # at least half stays in service
         ("ServiceSlow", FakeRuntime(revisions=2), "rollback"),
         ("ServiceErrors", FakeRuntime(revisions=1), None),  # nothing to go back to
+        ("ServiceFailures", FakeRuntime(faults=[_MESH_FAULT]), "clear-fault"),
     ],
 )
 def test_the_webhook_does_what_watch_would(alert: str, runtime: Any, kind: str | None) -> None:
@@ -157,6 +173,25 @@ def test_the_webhook_does_what_watch_would(alert: str, runtime: Any, kind: str |
         assert webhook.times() == [12.5]
     finally:
         webhook.close()
+
+
+def test_a_sidecar_detects_outliers_as_envoy_does_by_default() -> None:
+    with Stage() as stage, stage.mesh(loader.load("pair"), rps=0) as runtime:
+        admin = heal._caller(runtime)
+        outlier.as_in_envoy(admin)
+        said = asyncio.run(probe.ask(admin, "/runtime?format=json"))
+        values = {name: one["final_value"] for name, one in json.loads(said.body)["entries"].items()}
+        assert values["outlier_detection.consecutive_5xx"] == "5"
+        assert values["outlier_detection.base_ejection_time_ms"] == "30000"
+        assert outlier.ejections(admin) == 0
+        # It takes effect: of two instances the one that fails is left alone, where the mesh alone waits for
+        # 20 errors in a row, which half of the requests failing never brings about.
+        fault = faults.request(err_rate=0.6, at="mesh", instance="service-b-v1-1", service="service-b")
+        faults.inject(runtime, fault)
+        with OpenLoop(stage, heal._port(runtime), 100.0):
+            until("the instance to be left alone", lambda: outlier.ejections(admin) == 1)
+    with pytest.raises(Failed, match="takes no runtime values"):
+        outlier.as_in_envoy(admin)
 
 
 # -- what programs say ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from meshdemo.bench.model import (
 )
 from meshdemo.bench.page import Axis
 from meshdemo.bench.scale import Scale
+from meshdemo.bench.stats import UNMEASURED
 from meshdemo.errors import BadInput
 
 CALM, BUSY = Quiet((0.1, 0.2, 0.3), 0.01), Quiet((3.0, 2.0, 1.0), 0.6)
@@ -116,6 +117,28 @@ def test_a_bar_may_be_about_another_alternative() -> None:
     assert sizes.verdict(Bar(500)) == "met"
     assert sizes.verdict(Bar(2000, alternative="5,000")) == "missed"
     assert sizes.verdict(Bar(2000, alternative="10,000")) is None
+
+
+def test_a_round_that_could_not_be_measured_keeps_its_place() -> None:
+    lost = Figure(
+        "l",
+        "Healthy again",
+        "s",
+        "lower",
+        {"watch": [1, UNMEASURED, 3], "none": [2, 4, 6]},
+        "watch",
+        varies=True,
+    )
+    ratio = lost.ratio("none")
+    assert ratio is not None and (ratio.count, ratio.low, ratio.high) == (2, 0.5, 0.5)
+    assert lost.spread("watch").count == 2
+    # It may have been the one that misses the bar.
+    assert lost.verdict(Bar(3)) == "met"
+    assert lost.verdict(Bar(3, of="worst")) == "unclear"
+    assert lost.verdict(Bar(1.5)) == "missed"
+    assert lost.verdict(Bar(2.5)) == "unclear"
+    assert lost.to_json()["alternatives"][0]["values"] == [1, None, 3]
+    assert Findings([replace(lost, values={"watch": [UNMEASURED]})]).measured().figures == []
 
 
 def test_there_is_no_verdict_on_what_was_not_measured() -> None:

@@ -206,7 +206,9 @@ def test_the_truth_about_a_stall_is_what_counting_gives(stall_s: float, seconds:
 def test_a_quantile_is_that_of_what_came_in_between() -> None:
     before = [(0.1, 100.0), (0.5, 100.0), (math.inf, 100.0)]
     after = [(0.1, 190.0), (0.5, 199.0), (math.inf, 200.0)]
-    assert quantile_of(before, after, 0.5) == 0.1
-    assert quantile_of(before, after, 0.99) == 0.5
+    assert quantile_of(before, after, 0.45) == pytest.approx(0.05)  # half of the bucket
+    assert quantile_of(before, after, 0.9) == pytest.approx(0.1)
+    assert quantile_of(before, after, 0.95) == pytest.approx(0.1 + 0.4 * 5 / 9)
+    assert quantile_of(before, after, 0.99) == pytest.approx(0.5)
     assert quantile_of(before, after, 1.0) == math.inf
     assert quantile_of(before, before, 0.5) == math.inf

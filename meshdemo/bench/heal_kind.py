@@ -1,8 +1,8 @@
 """How soon a fault is found and healed on kind: by watch, and by Kubernetes' liveness probes alone.
 
 One cluster and one mesh for all runs, since they take long to come up; after each run everything is mended
-and calm again. The probes have Kubernetes' own defaults (every 10 s, 1 s to answer, 3 failures). The load
-comes from outside, through the gateway.
+and calm again. The probes have Kubernetes' own defaults (every 10 s, 1 s to answer, 3 failures), and are
+alone, without readiness probes. The load comes from outside, through the gateway.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from meshdemo.bench.trial import (
     CRASH,
     CRASH_S,
     FAULTS,
+    LOST,
     SERVICE,
     Fault,
     Outcome,
@@ -37,7 +38,11 @@ from meshdemo.runtime.steps import run_steps
 WATCH, PROBES = "watch", "liveness probes"
 OBSERVED_S = 60.0  # three failed probes, and a container that ends and starts
 
-_PROBES = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3}
+_Probes = Mapping[str, Any]
+_ALONE: _Probes = {
+    "livenessProbe": {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3},
+    "readinessProbe": None,
+}
 _NEW_POD = ("errors", "slow", "hang")  # what is healed by a new pod, which may take longer
 _MEND_S = 120.0
 
@@ -56,13 +61,17 @@ def measure(stage: Stage, rounds: int, tell: Tell, failures: list[str]) -> list[
     with attempt("healing on kind", failures), ExitStack() as stack:
         tell("kind comes up")
         runtime = stack.enter_context(_mesh())
+        probes = {WATCH: _own_probes(runtime), PROBES: _ALONE}
         for number in range(rounds):
             for fault in FAULTS:
                 for way in (WATCH, PROBES):
                     what = f"on kind, round {number + 1} of {rounds}, {fault.words}, {way}"
                     tell(what)
+                    outcome = LOST
                     with attempt(what, failures):
-                        found.setdefault((fault.key, way), []).append(_once(stage, runtime, fault, way))
+                        _mend(runtime, probes[way])
+                        outcome = _once(stage, runtime, fault, way)
+                    found.setdefault((fault.key, way), []).append(outcome)
     return _figures(found)
 
 
@@ -80,7 +89,6 @@ def _mesh() -> Iterator[KubernetesRuntime]:
 
 
 def _once(stage: Stage, runtime: KubernetesRuntime, fault: Fault, way: str) -> Outcome:
-    _mend(runtime)
     runtime.control().set_traffic(SERVICE, {"outlier": way == WATCH})
     asked = fault.asked
     if asked.instance is not None:
@@ -104,8 +112,8 @@ def _instances(runtime: KubernetesRuntime) -> list[str]:
     return sorted(one.id for one in runtime.instances() if one.service == SERVICE and one.ready)
 
 
-def _mend(runtime: KubernetesRuntime) -> None:
-    """End what the run before has left, and wait until all is ready."""
+def _mend(runtime: KubernetesRuntime, probes: _Probes) -> None:
+    """End what the run before has left, and wait until all is ready and probed so."""
 
     def mended() -> bool:
         # A pod that is just being replaced may refuse; it is asked again.
@@ -115,7 +123,7 @@ def _mend(runtime: KubernetesRuntime) -> None:
                 runtime.control().readmit(ejection.instance)
             rows = [row for row in runtime.control().status()["instances"] if row["service"] == SERVICE]
             ready = len(rows) == len(_instances(runtime)) >= 2 and all(row["ready"] for row in rows)
-            if ready and _has_default_probes(runtime):
+            if ready and _is_probed(runtime, probes):
                 return True
         time.sleep(1)
         return False
@@ -123,10 +131,18 @@ def _mend(runtime: KubernetesRuntime) -> None:
     until("the mesh on kind to be as it was", mended, _MEND_S)
 
 
-def _has_default_probes(runtime: KubernetesRuntime) -> bool:
-    """Whether all pods of the service have the probes' defaults; asks for it. Each new revision of the
-    service, that of a fault in the app too, has the mesh's own again."""
-    container = {"name": "app", "livenessProbe": _PROBES}
+def _own_probes(runtime: KubernetesRuntime) -> _Probes:
+    """The probes that the mesh gives to the service."""
+    deployment = runtime.cluster.get("Deployment", f"{SERVICE}-v1", runtime.namespace) or {}
+    containers = deployment["spec"]["template"]["spec"]["containers"]
+    app = next(one for one in containers if one["name"] == "app")
+    return {name: app[name] for name in _ALONE}
+
+
+def _is_probed(runtime: KubernetesRuntime, probes: _Probes) -> bool:
+    """Whether all pods of the service are probed so; asks for it. Each new revision of the service, that of
+    a fault in the app too, has the mesh's own again."""
+    container = {"name": "app", **probes}
     runtime.cluster.patch(
         "Deployment", f"{SERVICE}-v1", runtime.namespace,
         {"spec": {"template": {"spec": {"containers": [container]}}}},

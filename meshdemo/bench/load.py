@@ -25,6 +25,7 @@ from meshdemo.bench.loops import closed_loop, closed_loop_tool
 from meshdemo.bench.model import Bar, Figure, Findings, LeftOut
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.stage import Process, Stage, Tell, attempt, until
+from meshdemo.bench.stats import UNMEASURED
 from meshdemo.errors import Failed
 from meshdemo.resources import TEMPLATES
 
@@ -62,16 +63,22 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
             tell(f"round {number + 1}, {what}")
             with attempt(f"round {number + 1}, {what}", failures):
                 measure(stage, seconds, found)
+        if len(ours := found.stall_ms.setdefault(OURS, [])) <= number:
+            ours.append(UNMEASURED)
         for client in clients:
             tell(f"round {number + 1}, a stall, {client.name}")
+            p99_ms = UNMEASURED
             with attempt(f"round {number + 1}, {client.name}", failures):
-                found.stall_ms.setdefault(client.name, []).append(_stalled(stage, client, seconds))
+                p99_ms = _stalled(stage, client, seconds)
+            found.stall_ms.setdefault(client.name, []).append(p99_ms)
     return Findings(
         figures=_figures(found, seconds),
         left_out=[LeftOut(one.name, machine.missing(one.name)) for one in CLIENTS if one not in clients],
         notes=[
             *failures,
-            "Percentiles of service-a are the upper bounds of the buckets that hold them.",
+            "Percentiles of service-a are estimated from its buckets, as PromQL's histogram_quantile does.",
+            f"service-a sends {_STALL_RPS:g} requests/s, hey up to as many; the closed loop and wrk send the "
+            "next as soon as they have an answer.",
             f"{_MANY} in flight: a closed loop on as many connections, by {closed_loop_tool()}.",
             f"The truth about the stall: {_STALL_S / seconds:.0%} of the requests fell due in it, evenly, so "
             f"the 99th percentile of all is {true_p99_ms(_STALL_S, seconds):.0f} ms. wrk 4 knows of the "
@@ -123,11 +130,20 @@ def true_p99_ms(stall_s: float, seconds: float) -> float:
 def quantile_of(
     before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]], q: float
 ) -> float:
-    """The upper bound (s) of the bucket that holds the quantile of what happened in between."""
+    """The quantile (s) of what happened in between, evenly spread within the bucket that holds it.
+
+    As PromQL's histogram_quantile: https://prometheus.io/docs/prometheus/latest/querying/functions/
+    Infinity of nothing, and where it is beyond the last bound.
+    """
     counts = [(bound, count - old) for (bound, count), (_, old) in zip(after, before, strict=True)]
     if not counts or not counts[-1][1]:
         return math.inf
-    return next(bound for bound, count in counts if count >= q * counts[-1][1])
+    rank, low, below = q * counts[-1][1], 0.0, 0.0
+    for bound, count in counts:
+        if count >= rank and count > below:
+            return bound if math.isinf(bound) else low + (bound - low) * (rank - below) / (count - below)
+        low, below = bound, count
+    return math.inf
 
 
 def _figures(found: _Found, seconds: float) -> list[Figure]:

@@ -76,6 +76,16 @@ def cpu_s(processes: Iterable[psutil.Process]) -> float:
     return sum(map(_cpu_s, processes))
 
 
+def memory_mb(processes: Iterable[psutil.Process]) -> float:
+    """Memory of these (MB); of what they share, where the system says so, each its part (PSS)."""
+    return sum(map(_memory_mb, processes))
+
+
+def _memory_mb(process: psutil.Process) -> float:
+    memory = process.memory_full_info()
+    return float(getattr(memory, "pss", memory.rss)) / 1e6
+
+
 def _cpu_s(process: psutil.Process) -> float:
     if sys.platform == "linux":
         # /proc has it in steps of 10 ms, which is what a change takes. This is the id of the process' clock,

@@ -1,7 +1,7 @@
 """What the benchmark finds, as values: figures of suites, and what the machine was like meanwhile.
 
 Nothing here measures or prints. Infinity ("not within the time that was observed") is null in JSON, beside
-the time that was observed.
+the time that was observed; so is a round that could not be measured, which `rounds` does not count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from meshdemo.bench.stats import NOISY_SPREAD, Spread, ratios, spread
+from meshdemo.bench.stats import NOISY_SPREAD, Spread, measured, ratios, spread
 
 Better = Literal["lower", "higher"]
 Verdict = Literal["met", "missed", "unclear"]
@@ -48,7 +48,7 @@ class Figure:
 
     def spread(self, alternative: str) -> Spread:
         """How the values of an alternative lie."""
-        return spread(self.values[alternative])
+        return spread(measured(self.values[alternative]))
 
     def noisy(self, alternative: str) -> bool:
         """Whether the values of an alternative lie too far apart to be believed."""
@@ -63,13 +63,21 @@ class Figure:
 
     def verdict(self, bar: Bar) -> Verdict | None:
         """Whether ours (the only one's, if none is ours) keeps to a bar; unclear if the bar lies within the
-        middle half of noisy values, None if it was not measured."""
+        middle half of noisy values, or if a round that could not be measured may have made it miss; None if
+        none was measured."""
         name = bar.alternative or self.ours or next(iter(self.values), "")
-        values = list(self.values.get(name, ()))
-        if bar.against is not None:
-            values = ratios(values, self.values.get(bar.against, ()))
+        rounds = self.values.get(name, ())
+        values = measured(rounds if bar.against is None else ratios(rounds, self.values.get(bar.against, ())))
         if not values:
             return None
+        verdict = self._verdict(bar, values)
+        if verdict == "met":
+            worst = math.inf if self.better == "lower" else 0.0
+            lost = [worst] * (len(rounds) - len(measured(rounds)))
+            return "met" if self._verdict(bar, values + lost) == "met" else "unclear"
+        return verdict
+
+    def _verdict(self, bar: Bar, values: Sequence[float]) -> Verdict:
         lies = spread(values)
         if bar.of == "worst":
             counted = lies.high if self.better == "lower" else lies.low
@@ -168,7 +176,7 @@ class Findings:
     def measured(self) -> Findings:
         """These without the alternatives, and the figures, of which every round failed (the notes say so)."""
         with_values = [
-            replace(one, values={name: values for name, values in one.values.items() if values})
+            replace(one, values={name: values for name, values in one.values.items() if measured(values)})
             for one in self.figures
         ]
         return replace(self, figures=[one for one in with_values if one.values])

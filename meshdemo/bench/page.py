@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from meshdemo.bench import tables
 from meshdemo.bench.model import NOISE_RULE, Curves, Figure, Report
+from meshdemo.bench.stats import measured
 from meshdemo.resources import TEMPLATES
 
 _LEFT, _WIDTH, _ROW = 150.0, 760.0, 26.0  # of a plot of dots, in its own units
@@ -89,7 +90,9 @@ class Axis:
 def _dots(figure: Figure) -> dict[str, Any]:
     """A row for each alternative: a dot for each round, a bar over the middle half, a line at the median."""
     axis = Axis.of(
-        (value for values in figure.values.values() for value in values), _LEFT, _WIDTH - _LEFT - _BEYOND
+        (value for values in figure.values.values() for value in measured(values)),
+        _LEFT,
+        _WIDTH - _LEFT - _BEYOND,
     )
 
     def place(value: float) -> float:
@@ -100,7 +103,7 @@ def _dots(figure: Figure) -> dict[str, Any]:
         lies = figure.spread(name)
         row = {
             "name": name, "ours": name == figure.ours, "y": number * _ROW + _ROW / 2,
-            "dots": [(place(value), value) for value in values],
+            "dots": [(place(value), value) for value in measured(values)],
             "q1": place(lies.q1), "median": place(lies.median), "q3": place(lies.q3),
         }  # fmt: skip
         rows.append(row)

@@ -101,6 +101,13 @@ class Webhook:
         if len(self._runtime.revisions(SERVICE, VERSION)) > 1:
             rollbacks = {VERSION: _FIRST_REVISION}
             return Plan("rollback", SERVICE, SERVICE, f"roll back {SERVICE}", rollbacks=rollbacks)
+        faults = tuple(
+            one.id for one in self._runtime.control().intent().faults
+            if one.at == "mesh" and one.instance is None
+        )  # fmt: skip
+        if faults:
+            words = f"clear fault {', '.join(faults)}"
+            return Plan("clear-fault", SERVICE, SERVICE, words, fault_ids=faults)
         return None
 
 

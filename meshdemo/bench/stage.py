@@ -265,6 +265,10 @@ def ask(runtime: LocalRuntime, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+class InVain(Failed):
+    """What was waited for did not come in time."""
+
+
 @contextmanager
 def attempt(what: str, failures: list[str]) -> Iterator[None]:
     """A measurement that may fail without taking those before it along: it is noted as left out."""
@@ -275,11 +279,11 @@ def attempt(what: str, failures: list[str]) -> Iterator[None]:
 
 
 def until(what: str, condition: Callable[[], _T], patience_s: float = _PATIENCE_S) -> _T:
-    """Wait for a true value of a condition; that value. Raises Failed if there is none in time."""
+    """Wait for a true value of a condition; that value. Raises InVain if there is none in time."""
     give_up = time.monotonic() + patience_s
     while not (value := condition()):
         if time.monotonic() > give_up:
-            raise Failed(f"waited {patience_s:g} s in vain for {what}")
+            raise InVain(f"waited {patience_s:g} s in vain for {what}")
         time.sleep(_LOOK_S)
     return value
 

@@ -2,14 +2,18 @@
 
 Every figure is a list of values, one for each round. What is told of it is its median and spread; two
 alternatives are compared pair by pair (the ratio within each round), which takes out what the machine did
-to both in that round. Infinity stands for "not within the time that was observed".
+to both in that round. Infinity stands for "not within the time that was observed", NaN for a round that
+could not be measured: it keeps its place, for the pairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+UNMEASURED = math.nan
+"""The value of a round that could not be measured."""
 
 NOISY_SPREAD = 0.25
 """A figure whose middle half is wider than this share of its median is marked as noisy."""
@@ -54,6 +58,11 @@ class Spread:
     def noisy(self) -> bool:
         """Whether the values lie too far apart to be believed."""
         return self.relative > NOISY_SPREAD
+
+
+def measured(values: Iterable[float]) -> list[float]:
+    """Those of the rounds that could be measured."""
+    return [value for value in values if not math.isnan(value)]
 
 
 def spread(values: Sequence[float]) -> Spread:

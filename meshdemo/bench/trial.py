@@ -16,7 +16,7 @@ from typing import Any
 
 from meshdemo.bench.loops import OpenLoop
 from meshdemo.bench.stage import Process, Stage, command, until
-from meshdemo.bench.stats import Objective, Request, healthy_after
+from meshdemo.bench.stats import UNMEASURED, Objective, Request, healthy_after
 from meshdemo.runtime import faults
 from meshdemo.runtime.base import Runtime
 from meshdemo.runtime.faults import FaultRequest
@@ -51,6 +51,13 @@ FAULTS: Sequence[Fault] = (
     Fault("errors", "30% errors, by the app", faults.request(err_rate=0.3, service=SERVICE)),
     Fault("slow", "400 ms slower, by the app", faults.request(lat_ms=400, service=SERVICE)),
     Fault(
+        "mesh-errors", "30% errors, by the sidecars",
+        faults.request(err_rate=0.3, at="mesh", service=SERVICE),
+    ),
+    Fault(
+        "mesh-slow", "400 ms slower, by the sidecars", faults.request(lat_ms=400, at="mesh", service=SERVICE)
+    ),
+    Fault(
         "instance", "one instance with 50% errors",
         faults.request(err_rate=0.5, at="mesh", instance=_INSTANCE, service=SERVICE),
     ),
@@ -69,6 +76,10 @@ class Outcome:
     detect: float
     healthy: float
     failed: float  # share of the requests of the first `CRASH_S`
+
+
+LOST = Outcome(UNMEASURED, UNMEASURED, UNMEASURED)
+"""A round that could not be measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
-
 from meshdemo.bench import machine, up_kind
 from meshdemo.bench.model import Bar, Figure, Findings, LeftOut
 from meshdemo.bench.scale import Scale
@@ -151,9 +149,4 @@ def _idle(runtime: LocalRuntime, seconds: float) -> tuple[float, float]:
     began = time.monotonic()
     time.sleep(seconds)
     busy = (machine.cpu_s(processes) - before) / (time.monotonic() - began)
-    return busy, sum(_memory_mb(process) for process in processes)
-
-
-def _memory_mb(process: psutil.Process) -> float:
-    memory = process.memory_full_info()
-    return float(getattr(memory, "pss", memory.rss)) / 1e6
+    return busy, machine.memory_mb(processes)
