@@ -286,7 +286,8 @@ def test_the_page_says_what_speaks_against_it() -> None:
 
 
 @given(
-    st.lists(st.floats(1e-9, 1e9) | st.sampled_from([0.0, math.inf]), min_size=1), st.booleans() | st.none()
+    st.lists(st.floats(1e-9, 1e9) | st.floats(-1e9, -1e-9) | st.sampled_from([0.0, math.inf]), min_size=1),
+    st.booleans() | st.none(),
 )
 def test_every_value_has_a_place_on_the_axis(values: list[float], log: bool | None) -> None:
     axis = Axis.of(values, 100, 500, log=log)

@@ -54,7 +54,7 @@ class Axis:
 
     @staticmethod
     def of(values: Iterable[float], start: float, length: float, *, log: bool | None = None) -> Axis:
-        """An axis that shows these values; linear axes begin at 0. `log` None: where they differ much."""
+        """An axis that shows these values; linear axes have the 0. `log` None: where they differ much."""
         finite = sorted(value for value in values if math.isfinite(value))
         if not finite:
             return Axis(0.0, 1.0, start, length)
@@ -63,7 +63,8 @@ class Axis:
         if log and finite[0] > 0:
             low, high = finite[0], finite[-1]
             return Axis(low / 1.2, max(high, low * 1.5) * 1.1, start, length, log=True)
-        return Axis(min(0.0, finite[0]), (finite[-1] or 1.0) * 1.05, start, length)
+        low, high = min(0.0, finite[0]), max(0.0, finite[-1])
+        return Axis(low, (high if high > low else 1.0) * 1.05, start, length)
 
     def place(self, value: float) -> float:
         """Where a value stands."""
