@@ -323,8 +323,9 @@ def test_what_was_asked_for_wins() -> None:
         (["up"], Scale(quick=True), True, 0.5),
         (["fault", "up"], Scale(runs=1), True, 0.2 + 0.4 + 7.5),
         (["controlplane"], Scale(large=True), True, 8),
-        (["heal"], Scale(alone=True), True, 13),
-        (["heal"], Scale(alone=True, runs=5), True, 13),
+        (["heal"], Scale(alone=True), True, 18),
+        (["heal"], Scale(runs=2), True, 13.2 + 26),
+        (["heal"], Scale(alone=True, runs=5), True, 9),
     ],
 )
 def test_it_is_said_before_how_long_it_takes(

@@ -24,7 +24,7 @@ import psutil
 
 from meshdemo.apps.model import App
 from meshdemo.bench import machine
-from meshdemo.bench.model import Bar, Curves, Figure, Findings
+from meshdemo.bench.model import Bar, Curves, Figure, Findings, LeftOut
 from meshdemo.bench.scale import Scale
 from meshdemo.bench.sidecars import Crowd
 from meshdemo.bench.stage import Process, Stage, Tell, attempt, until
@@ -73,9 +73,13 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
             tell_of_it = partial(_tell, tell, size)
             with attempt(_name(size), failures), _open_files():
                 _measure(stage, size, turn, found[size], tell_of_it)
+    left_out = [LeftOut(_name(JUDGED), "this is a quick run")] if scale.quick else []
+    if not scale.large:
+        left_out.append(LeftOut(_name(LARGE), "they take a big machine; --large has them, too"))
     return Findings(
         figures=_figures(found),
         curves=_curves(found),
+        left_out=left_out,
         notes=[
             *failures,
             *_growth(found),

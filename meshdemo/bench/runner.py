@@ -36,12 +36,13 @@ class About:
     kind_rounds: int = 0  # that is for so many; 0: for `rounds`
     large_minutes: float = 0.0  # on top of it with --large
     alone_minutes: float | None = None  # instead, with --alone
+    alone_rounds: int = 0  # that is for so many; 0: for `rounds`
 
 
 SUITES: Mapping[str, About] = {
     "overhead": About(5, 1, 5),
     "fault": About(2, 0.5, 10),
-    "heal": About(24, 4, 5, kind_minutes=17, alone_minutes=13),
+    "heal": About(33, 4, 5, kind_minutes=26, kind_rounds=2, alone_minutes=18, alone_rounds=10),
     "controlplane": About(3, 1, 5, large_minutes=5),
     "up": About(2, 0.5, 5, kind_minutes=15, kind_rounds=2),
     "load": About(3, 1, 3),
@@ -71,13 +72,13 @@ def _minutes(about: About, scale: Scale, *, with_kind: bool) -> float:
     if scale.quick:
         return about.quick_minutes + large
     if scale.alone and about.alone_minutes is not None:
-        base, on_kind = about.alone_minutes, 0.0
+        base, rounds, on_kind = about.alone_minutes, about.alone_rounds or about.rounds, 0.0
     else:
-        base, on_kind = about.minutes, about.kind_minutes if with_kind else 0.0
+        base, rounds, on_kind = about.minutes, about.rounds, about.kind_minutes if with_kind else 0.0
     if scale.runs is None:
         return base + large + on_kind
     on_kind *= scale.runs / (about.kind_rounds or about.rounds)
-    return (base + large) * scale.runs / about.rounds + on_kind
+    return (base + large) * scale.runs / rounds + on_kind
 
 
 def _kind_is_there() -> bool:

@@ -43,7 +43,7 @@ def command(
 ) -> None:  # fmt: skip
     """What the mesh costs and how fast it heals, on this machine, next to the alternatives.
 
-    About fifty minutes for all, of which heal is half (half an hour more where kind is installed); ten
+    About an hour for all, of which heal is half (forty minutes more where kind is installed); ten
     minutes with --quick. How long it will take is said before.
     Everything runs in meshes of its own, which are gone afterwards.
     """
