@@ -137,8 +137,8 @@ def _measure(stage: Stage, size: int, scale: Scale, found: _Found, tell: Tell) -
 def _routes(plane: _ControlPlane, client: ControlClient, number: int, at_rest: float, found: _Found) -> float:
     """Change routes; the processor time of one change (s).
 
-    It is what the control plane uses over what it does at rest. One right after the other, for that is a
-    third of a change with a pause of its own, and known to a tenth.
+    It is what the control plane uses over what it does at rest. One right after the other: with a pause for
+    each, what it does at rest, which is known to a tenth, would be a third of it all.
     """
     used, began = plane.cpu_s(), time.monotonic()
     for step in range(_ROUTES):
