@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import psutil
 
@@ -58,19 +59,21 @@ def run(stage: Stage, scale: Scale, tell: Tell) -> Findings:
     found, failures = _Found(), list[str]()
     clients = [one for one in CLIENTS if one.there]
     seconds = scale.seconds(10, quick=4)
+    stalls = {
+        OURS: partial(_stall, stage, seconds),
+        **{one.name: partial(_stalled, stage, one, seconds) for one in clients},
+    }
     for number in range(scale.rounds(3, quick=1)):
-        for what, measure in (("the rate", _rate), ("many in flight", _flight), ("a stall", _stall)):
+        for what, measure in (("the rate", _rate), ("many in flight", _flight)):
             tell(f"round {number + 1}, {what}")
             with attempt(f"round {number + 1}, {what}", failures):
                 measure(stage, seconds, found)
-        if len(ours := found.stall_ms.setdefault(OURS, [])) <= number:
-            ours.append(UNMEASURED)
-        for client in clients:
-            tell(f"round {number + 1}, a stall, {client.name}")
+        for name, stall in stalls.items():
+            tell(f"round {number + 1}, a stall, {name}")
             p99_ms = UNMEASURED
-            with attempt(f"round {number + 1}, {client.name}", failures):
-                p99_ms = _stalled(stage, client, seconds)
-            found.stall_ms.setdefault(client.name, []).append(p99_ms)
+            with attempt(f"round {number + 1}, a stall, {name}", failures):
+                p99_ms = stall()
+            found.stall_ms.setdefault(name, []).append(p99_ms)
     return Findings(
         figures=_figures(found, seconds),
         left_out=[LeftOut(one.name, machine.missing(one.name)) for one in CLIENTS if one not in clients],
@@ -108,14 +111,14 @@ def _flight(stage: Stage, seconds: float, found: _Found) -> None:
         found.flight_ms.append(closed_loop(server.port, _MANY, seconds).us["0.99"] / 1000)
 
 
-def _stall(stage: Stage, seconds: float, found: _Found) -> None:
+def _stall(stage: Stage, seconds: float) -> float:
+    """The 99th percentile (ms) that service-a tells if the server stands still in between."""
     with _workload(stage, "service_b") as server, _load(stage, server, _STALL_RPS) as load:
         until("the load to flow", lambda: load.sent() > _STALL_RPS)
         before, around_s = load.buckets(), (seconds - _STALL_S) / 2
         server.stall(after_s=around_s)
         time.sleep(around_s)
-        p99_ms = quantile_of(before, load.buckets(), 0.99) * 1000
-        found.stall_ms.setdefault(OURS, []).append(p99_ms)
+        return quantile_of(before, load.buckets(), 0.99) * 1000
 
 
 def true_p99_ms(stall_s: float, seconds: float) -> float:
