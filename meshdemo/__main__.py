@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -12,7 +13,11 @@ def run() -> NoReturn:
         from meshdemo.cli import main
     except KeyboardInterrupt:
         sys.exit(130)
-    main.run()
+    try:
+        main.run()
+    finally:
+        # All is done and said: a Ctrl-C just now ends what Python has still to do, without a word.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

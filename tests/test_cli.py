@@ -335,6 +335,24 @@ def test_ctrl_c_while_modules_load_says_nothing_either(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_ctrl_c_when_all_is_said_says_nothing_either(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys, time\n"
+        "sys.argv = ['meshdemo', '--version']\n"
+        "atexit.register(lambda: (print('over', flush=True), time.sleep(60)))\n"
+        "from meshdemo.__main__ import run\n"
+        "run()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline()[:8], process.stdout.readline()] == ["meshdemo", "over\n"]
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == ""
+        assert process.returncode == -signal.SIGINT
+
+
 def test_a_closed_pipe_is_no_error_worth_a_word(mesh: Mesh) -> None:
     done = subprocess.run(
         ["/bin/sh", "-c", f"{sys.executable} -m meshdemo tap | head -1"],

