@@ -149,11 +149,12 @@ class Place:
         self._server = waitress.create_server(app, listen=f"127.0.0.1:{port}", threads=24, ident=None)
         self.url = f"http://127.0.0.1:{self._server.effective_port}"
         self.link = f"{self.url}/#token={TOKEN}"
+        self._serving = threading.Thread(target=self._server.run, daemon=True)
         self._stopping = threading.Event()
 
     def start(self, *, report: bool = True) -> None:
         """Serve, and have the sidecars report."""
-        threading.Thread(target=self._server.run, daemon=True).start()
+        self._serving.start()
         asyncio.run_coroutine_threadsafe(self._beat(), self.loop)
         self.broadcast.start()
         if report:
@@ -166,6 +167,8 @@ class Place:
         for channel in list(self._server.active_channels.values()):
             with contextlib.suppress(OSError):
                 channel.socket.shutdown(socket.SHUT_RDWR)
+        self._serving.join(10)  # from then on its port can be had again
+        self.broadcast._every_s = 3600.0  # its thread ends with the process only, and tests follow
 
     async def _beat(self) -> None:
         while not self._stopping.is_set():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -14,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+
+from meshdemo.runtime.local.ports import Port
 
 
 def require() -> str:
@@ -31,10 +32,10 @@ def registry(folder: Path, *hosts: str) -> Iterator[int]:
     """A registry on the same port of each of these addresses; the port. A Docker Engine pushes to 127.0.0.1."""
     command = require()
     hosts = hosts or ("127.0.0.1",)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    held = Port()
+    port = held.number
     with ExitStack() as stack:
+        stack.callback(held.release)
         for host in hosts:
             config = {
                 "version": 0.1,

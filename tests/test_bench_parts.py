@@ -179,7 +179,7 @@ def test_a_sidecar_detects_outliers_as_envoy_does_by_default() -> None:
     with Stage() as stage, stage.mesh(loader.load("pair"), rps=0) as runtime:
         admin = heal._caller(runtime)
         outlier.as_in_envoy(admin)
-        said = asyncio.run(probe.ask(admin, "/runtime?format=json"))
+        said = asyncio.run(probe.ask(admin, "/runtime?format=json", timeout_s=30))
         values = {name: one["final_value"] for name, one in json.loads(said.body)["entries"].items()}
         assert values["outlier_detection.consecutive_5xx"] == "5"
         assert values["outlier_detection.base_ejection_time_ms"] == "30000"

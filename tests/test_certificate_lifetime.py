@@ -41,10 +41,10 @@ def test_a_shorter_one_is_not_slept_through(tmp_path: Path) -> None:
 
     async def change(plane: ControlPlane, _: Any) -> None:
         await asyncio.sleep(0)  # the timer pauses for as long as certificates of an hour let it
-        await plane.change(lambda intent, _: set_certificate_lifetime(intent, 10))
+        await plane.change(lambda intent, _: set_certificate_lifetime(intent, 20))
         first = plane._certificates.server
-        assert first.expires_at - time.time() < 10.5
-        async with asyncio.timeout(30):
+        assert first.expires_at - time.time() < 20.5
+        async with asyncio.timeout(60):
             while plane._certificates.server is first:  # noqa: ASYNC110 (there is nothing to wait on)
                 await asyncio.sleep(0.05)
         assert time.time() < first.expires_at
@@ -78,9 +78,9 @@ def test_short_lived_ones_are_renewed_under_load(tmp_path_factory: pytest.TempPa
             assert "live 10s from now on" in mesh.run("up", "--certificate-lifetime", "10s")
             first = ends()
             assert max(first.values()) < time.time() + 10.5
-            outlive(first)
-            # Connections that begin now are made with certificates that live.
-            assert read_url(mesh.json("status")["endpoints"]["gateway"] + "work")
+        mesh.loses_no_request(lambda _: outlive(ends()))
+        # Connections that begin now are made with certificates that live.
+        assert read_url(mesh.json("status")["endpoints"]["gateway"] + "work")
         assert "a certificate lives 10s" in mesh.run("identity", "show")
 
         # Another control plane goes on so, and sidecars believe the certificate that it shows.
@@ -89,8 +89,8 @@ def test_short_lived_ones_are_renewed_under_load(tmp_path_factory: pytest.TempPa
         wait_for("another control plane", lambda: mesh.process("control plane").pid != killed.pid)
         wait_for("certificates from it", lambda: renewed_after(issued))
         assert mesh.json("identity", "show")["lifetime_s"] == 10
+        mesh.loses_no_request(lambda _: outlive(ends()))
         with mesh.no_request_lost():
-            outlive(ends())
             mesh.run("up", "--certificate-lifetime", "1h")
             assert min(ends().values()) > time.time() + 3500
         assert "nothing to change" in mesh.run("up", "--certificate-lifetime", "1h")

@@ -15,6 +15,7 @@ import pytest
 
 from meshdemo.control.client import ControlClient
 from meshdemo.errors import BadInput, Failed, MeshdemoError, Missing
+from meshdemo.runtime.local.ports import Port
 
 
 class Fake(ThreadingHTTPServer):
@@ -68,7 +69,7 @@ def body(value: object) -> bytes:
 
 def test_a_read_is_repeated_when_the_connection_breaks(fake: Fake) -> None:
     fake.answers = [None, None, (200, body([]))]
-    assert ControlClient(fake.url, "t").signals() == []
+    assert ControlClient(fake.url, "t", retry_s=60).signals() == []
     assert len(fake.asked) == 3
 
 
@@ -80,9 +81,8 @@ def test_a_change_that_may_have_been_taken_is_not_repeated(fake: Fake) -> None:
 
 
 def test_even_a_change_waits_for_a_server_that_is_not_there_yet() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    held = Port()
+    port = held.number
     late: list[Fake] = []
 
     class Late(Fake):
@@ -97,9 +97,11 @@ def test_even_a_change_waits_for_a_server_that_is_not_there_yet() -> None:
     try:
         client = ControlClient(f"http://127.0.0.1:{port}", "t", retry_s=10)
         client.refresh_instances()
+        timer.join()
         assert late[0].asked == [("POST", "/v1/instances/refresh")]
     finally:
         timer.join()
+        held.release()
         late[0].shutdown()
         late[0].server_close()
 

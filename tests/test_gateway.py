@@ -314,7 +314,9 @@ def test_it_is_a_caller_like_any_other(mesh: Cli, browser: Browser) -> None:
         return bool(found["gateway"]["requests"] and found["gateway"]["effective_success_rate"] == 1)
 
     wait_for("what the gateway got", by_caller)
-    assert "cart" in {row["route"] for row in mesh.json("stat", "front", "--by", "route")}
+    wait_for(
+        "its route", lambda: "cart" in {row["route"] for row in mesh.json("stat", "front", "--by", "route")}
+    )
     assert {row["service"] for row in mesh.json("stat")} == {"front"}, "it is no service of the app"
 
 
@@ -337,7 +339,7 @@ def test_traffic_rules_and_faults(mesh: Cli, browser: Browser) -> None:
         assert browser.get("/")[0] == 500
     finally:
         mesh.run("fault", "clear")
-    mesh.run("fault", "--at", "mesh", "--service", "front", "--lat", "2000")
+    mesh.run("fault", "--at", "mesh", "--service", "front", "--lat", "20000")
     try:
         mesh.run("traffic", "set", "front", "--timeout", "100ms")
         assert browser.get("/")[0] == 504

@@ -116,10 +116,10 @@ def _filled_in(expr: str) -> str:
 
 
 def test_every_panel_shows_data(mesh: Cli, prometheus: Prometheus) -> None:
-    watch = mesh.start("watch", "--until-healed", "--for", "60s", "--plain")
+    watch = mesh.start("watch", "--until-healed", "--for", "300s", "--plain")
     wait_for("a watch", lambda: "started" in (watch.stdout.readline() if watch.stdout else ""))
     mesh.run("fault", "--at", "mesh", "--err", "0.6")
-    assert watch.wait(120) == 0, watch.communicate()  # a remedy
+    assert watch.wait(360) == 0, watch.communicate()  # a remedy
     mesh.run("fault", "--at", "mesh", "--err", "0.6")  # and, with nobody to heal it, an alert
     left = {(board, title, expr): _filled_in(expr) for board, title, expr in grafana.queries()}
     assert len(left) > 30

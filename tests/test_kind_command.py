@@ -104,8 +104,7 @@ class Ups:
 def test_a_port_that_was_taken_meanwhile_is_left_for_another(
     kind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = Port()
-    port.release()
+    port = Port()  # held, so that nobody else is given it
     monkeypatch.setattr("meshdemo.runtime.local.ports.GATEWAY_PORT", port.number)
     ups = Ups(kind, monkeypatch, str(port.number))
     assert ups.make("m") not in {0, port.number}
@@ -115,13 +114,13 @@ def test_a_port_that_was_taken_meanwhile_is_left_for_another(
     assert "without --gateway-port a free one is found" in caught.value.remedy
     assert (kind / "attempts").read_text() == "x\n"
     assert record.load("n") is None
+    port.release()
 
 
 def test_two_begun_at_the_same_moment_choose_different_ports(
     kind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = Port()
-    port.release()
+    port = Port()  # held, so that nobody else is given it
     monkeypatch.setattr("meshdemo.runtime.local.ports.GATEWAY_PORT", port.number)
     ups = Ups(kind, monkeypatch, "")
     os.mkfifo(kind / "holding")
@@ -137,6 +136,7 @@ def test_two_begun_at_the_same_moment_choose_different_ports(
         (kind / "holding").write_text("")
         first.join()
     assert ups.port("m") == port.number
+    port.release()
 
 
 # -- the pods' network -------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ def test_the_load_is_remembered_for_restarts(mesh: Cli, runtime: LocalRuntime) -
     runtime.crash("service-a-v1-1")
     wait_for("it has started again", lambda: mesh.process("service-a-v1-1").pid != old)
     assert _env(mesh, "service-a-v1-1")["RPS"] == "33"
+    wait_for("it to be ready", lambda: _one(runtime, "service-a-v1-1").ready)
     runtime.set_load(40)
     with pytest.raises(BadInput, match="allowed is 0 to"):
         runtime.set_load(-1)
@@ -228,8 +229,8 @@ def test_following_logs_shows_what_comes(mesh: Cli, runtime: LocalRuntime) -> No
     thread = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
     thread.start()
     wait_for("the lines so far", lambda: lines)
-    runtime.crash("service-b-v1-1")
     before = len(lines)
+    runtime.crash("service-b-v1-1")
     wait_for("a new line", lambda: any("listens on" in line for line in lines[before:]))
     process.terminate()
     process.wait()

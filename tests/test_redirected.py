@@ -147,7 +147,7 @@ class Anything:
                 threading.Thread(target=serve, args=(listening.accept()[0],), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.settimeout(0.2)
+        connection.settimeout(2)  # who says nothing for as long waits for the server to speak
         try:
             first = connection.recv(4, socket.MSG_PEEK)
         except TimeoutError:

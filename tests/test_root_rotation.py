@@ -128,7 +128,7 @@ class ClusterMesh(Mesh):
     """A mesh whose control plane keeps its authority in a Secret, and whose sidecars mount a ConfigMap."""
 
     def __init__(self, folder: Path, server: ApiServer) -> None:
-        super().__init__(folder, pair(), Settings(root_overlap_s=0.2, ack_timeout_s=1.5))
+        super().__init__(folder, pair(), Settings(root_overlap_s=0.2, ack_timeout_s=4))
         self.secret = Stored(server, "meshdemo-ca", secret=True)
         self.trust = Stored(server, "meshdemo-trust")
         self.server = server
@@ -174,7 +174,7 @@ class ClusterMesh(Mesh):
 
     def all_back(self) -> None:
         until(
-            lambda: all(one.acked for one in self.plane.sidecars()) and self.plane.sidecars(),
+            lambda: all(one.acked for one in self.sidecars()) and self.sidecars(),
             "all sidecars to be back",
         )
 
@@ -285,7 +285,7 @@ def test_the_root_stays_while_a_sidecar_that_serves_cannot_hear_of_the_new_one(m
     assert b.process
     b.process.kill()
     b.process.wait()
-    until(lambda: not all(one.connected for one in mesh.plane.sidecars()), "it to be seen gone")
+    until(lambda: not all(one.connected for one in mesh.sidecars()), "it to be seen gone")
     with pytest.raises(Failed, match=r"no answer from service-b-1 \(of 1\) to trusting the new root"):
         mesh.control.run(mesh.plane.rotate_root())
     assert mesh.plane.replacing_root

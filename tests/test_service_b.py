@@ -150,7 +150,7 @@ def test_a_taken_port_is_said_in_one_line() -> None:
 
 
 def test_a_stop_finishes_what_is_in_flight_and_ends_idle_connections() -> None:
-    with workload("service_b", LAT_MS=2000) as b, b.connect() as busy, b.connect() as idle:
+    with workload("service_b", LAT_MS=8000) as b, b.connect() as busy, b.connect() as idle:
         idle.sendall(REQUEST.replace(b"/work", b"/healthz"))
         assert b"Connection: close" not in read_response(idle)[0]
         busy.sendall(REQUEST)

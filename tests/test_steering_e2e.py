@@ -65,6 +65,21 @@ def metrics(mesh: ServedMesh, name: str) -> dict[tuple[str, ...], float]:
     }
 
 
+def all_reported(client: ControlClient) -> None:
+    """Wait until each sidecar has reported on a time that begins after now, and so on all that was before."""
+    now, waiting = time.time(), {row["id"] for row in client.status()["instances"]}
+    seq = client.samples(-1).seq
+
+    def reported() -> bool:
+        nonlocal seq
+        batch = client.samples(seq)
+        seq = batch.seq
+        waiting.difference_update(sample.instance for sample in batch.samples if sample.start >= now)
+        return not waiting
+
+    until(reported, "each sidecar to report")
+
+
 def by_version(client: ControlClient, window_s: float = 30) -> dict[str, Any]:
     rows = client.signals(by="version", window_s=window_s, service="service-b")
     return {row["version"]: row for row in rows}
@@ -86,8 +101,8 @@ def test_a_split_whose_holder_falls_silent_goes_back_by_itself(
 ) -> None:
     client.set_traffic("service-b", {"timeout_ms": 5000})
     seq = client.events(-1).seq
-    client.lease_split("service-b", {"v1": 70, "v2": 30}, lease("x", begins=True))
-    ends = time.monotonic() + 2.5
+    client.lease_split("service-b", {"v1": 70, "v2": 30}, lease("x", 4.0, begins=True))
+    ends = time.monotonic() + 6
     while time.monotonic() < ends:  # for longer than it lasts, but renewed
         held = client.renew_lease("service-b", "x")
         assert held == {"held": True, "ran_out": False, "split": {"v1": 70, "v2": 30}}
@@ -110,9 +125,9 @@ def test_a_split_whose_holder_falls_silent_goes_back_by_itself(
 
 
 def test_a_split_is_held_by_one_and_whoever_else_sets_it_takes_it(client: ControlClient) -> None:
-    client.lease_split("service-b", {"v1": 70, "v2": 30}, lease("x", begins=True))
+    client.lease_split("service-b", {"v1": 70, "v2": 30}, lease("x", 60, begins=True))
     with pytest.raises(BadInput, match="in the hands of a test"):
-        client.lease_split("service-b", {"v1": 60, "v2": 40}, lease("y", begins=True))
+        client.lease_split("service-b", {"v1": 60, "v2": 40}, lease("y", 60, begins=True))
     client.set_traffic("service-b", {"retries": 1})  # is about something else
     assert client.renew_lease("service-b", "x")["held"]
     client.set_traffic("service-b", {"split": {"v1": 50, "v2": 50}})
@@ -120,11 +135,11 @@ def test_a_split_is_held_by_one_and_whoever_else_sets_it_takes_it(client: Contro
     assert lost == {"held": False, "ran_out": False, "split": {"v1": 50, "v2": 50}}
     with pytest.raises(Failed, match="not held"):
         client.lease_split("service-b", {"v1": 0, "v2": 100}, lease("x", ends=True))
-    time.sleep(1.5)  # longer than the lease lasted
+    assert client.intent().leases == {}  # none to run out, and to take back what was set
     assert split_of(client) == {"v1": 50, "v2": 50}
-    client.lease_split("service-b", {"v1": 40, "v2": 60}, lease("z", begins=True))
-    client.lease_split("service-b", {"v1": 0, "v2": 100}, lease("z", ends=True))
-    time.sleep(1.5)
+    client.lease_split("service-b", {"v1": 40, "v2": 60}, lease("z", 60, begins=True))
+    client.lease_split("service-b", {"v1": 0, "v2": 100}, lease("z", 60, ends=True))
+    assert client.intent().leases == {}
     assert split_of(client) == {"v1": 0, "v2": 100}
 
 
@@ -160,14 +175,14 @@ def test_a_fault_of_a_version_that_is_only_mirrored_to_meets_the_copies(
 ) -> None:
     client.set_traffic("service-b", {"mirror": {"v2": 1.0}})
     client.add_fault(at="mesh", service="service-b", version="v2", err_rate=1)
-    before = by_version(client)["v2"]["mirrored_failures"]
+    before = by_version(client, 600)["v2"]["mirrored_failures"]
     assert {answer.status for answer in send(mesh, 20)} == {200}
-    until(lambda: by_version(client)["v2"]["mirrored_failures"] >= before + 20, "the copies to fail")
+    until(lambda: by_version(client, 600)["v2"]["mirrored_failures"] >= before + 20, "the copies to fail")
 
 
 def test_copies_that_hang_are_no_overdue_requests(mesh: ServedMesh, client: ControlClient) -> None:
     client.set_traffic("service-b", {"mirror": {"v2": 1.0}})
-    client.add_fault(at="mesh", service="service-b", version="v2", lat_ms=6000)
+    client.add_fault(at="mesh", service="service-b", version="v2", lat_ms=14_000)  # Envoy gives a copy 15 s
     send(mesh, 20)
     seq, deadline, seen = client.samples(-1).seq, time.monotonic() + 20, 0
     while seen < 3:
@@ -200,9 +215,23 @@ def test_edges_bear_both_identities_and_plain_text_shows_as_such(
     plain = Proxied(mesh.members["service-b-1"].instance.metrics_port)
     assert [plain.get(path).status for path in ("/healthz", "/work", "/work")] == [200, 403, 403]
     plain.close()
-    unknown = until(lambda: {row["caller"]: row for row in client.edges(10)}.get(""), "the plain-text caller")
+    unknown = until(
+        lambda: (
+            (row := {row["caller"]: row for row in client.edges(10)}.get("")) and row["denied"] >= 2 and row
+        ),
+        "the plain-text caller",
+    )
     assert (unknown["secured"], unknown["denied"], unknown["requests"]) == (False, 2, 0)
-    assert client.signals(window_s=10, service="service-b")[0]["success_rate"] == 1
+    whole = until(
+        lambda: (
+            send(mesh, 1)
+            and (row := client.signals(window_s=10, service="service-b")[0])["denied"]
+            and row["requests"]
+            and row
+        ),
+        "the requests beside it",
+    )
+    assert whole["success_rate"] == 1
 
 
 # -- retries ------------------------------------------------------------------------------------------------
@@ -230,7 +259,7 @@ def test_retries_help_callers_and_their_budget_bounds_what_they_add(
         )
     sent = len(load.answers)
     assert row["effective_success_rate"] > row["success_rate"] + 0.05
-    time.sleep(2.5)  # for the last reports
+    all_reported(client)
     times = (arrived(mesh) - before) / sent
     assert 1.2 < times < 2.7, times  # without a budget: 3.7
 
@@ -239,7 +268,8 @@ def test_an_instance_that_is_gone_is_tried_around_within_the_budget(
     mesh: ServedMesh, client: ControlClient
 ) -> None:
     client.set_traffic("service-b", {"retries": 5})
-    with Load(mesh.members["service-a-1"], WORK, threads=20, pause_s=0.15) as load:
+    # Fewer in flight than the budget's floor (cluster.yaml.j2), however long a starved machine lets them wait.
+    with Load(mesh.members["service-a-1"], WORK, threads=10, pause_s=0.05) as load:
         for _ in range(3):
             mesh.members["service-b-1"].upstream.status = 503
             load.more(150)
@@ -307,15 +337,8 @@ def test_refusals_and_ejections_are_seen_apart_from_errors_of_the_app(
         )
 
     until(shown, "it to be in the metrics and by version")
-    bad.status, ended = 200, time.monotonic()
-
-    def reported() -> bool:
-        """Has each sidecar said, after the one report that may have been on its way, what it saw until then?"""
-        passed_s = time.monotonic() - ended - 1.0
-        said = [row["last_report_s"] for row in client.status()["instances"]]
-        return all(one is not None and one < passed_s for one in said)
-
-    until(reported, "all failures to be reported")
+    bad.status = 200
+    all_reported(client)
     client.add_fault(at="mesh", service="service-b", lat_ms=300)
     client.set_traffic("service-b", {"max_connections": 1, "max_pending": 1})
     failures = sum(metrics(mesh, "meshdemo_request_failures_total").values())

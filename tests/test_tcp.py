@@ -107,7 +107,7 @@ def test_connections_and_bytes_are_counted_while_they_last(mesh: Cli) -> None:
         assert row(mesh)["requests"] == 0
         by_caller = row(mesh, "--by", "caller")
         assert (by_caller["caller"], by_caller["connections"]) == ("web", 2)
-        (edge,) = (one for one in mesh.json("edges") if one["service"] == "cache")
+        (edge,) = (one for one in mesh.json("edges", "--window", "60s") if one["service"] == "cache")
         assert (edge["caller"], edge["secured"]) == ("web", True)
         assert edge["identity"].endswith("/sa/web")
         text = mesh.run("stat", "cache", "--window", "60s")

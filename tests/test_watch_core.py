@@ -480,10 +480,10 @@ def _webhook(url: str, **fields: Any) -> Webhook:
 
 def test_a_webhook_is_told_what_it_asked_for() -> None:
     with receiver() as (url, got):
-        notifier = Notifier("m", [_webhook(url)], pytest.fail)
+        notifier = Notifier("m", [_webhook(url, timeout="30s")], pytest.fail)
         notifier.tell(_event("healed"))
         notifier.tell(_event("chosen"))
-        notifier.close(5)
+        notifier.close(60)
     assert [(token, body["mesh"], body["event"]) for token, body in got] == [("Bearer x", "m", "healed")]
 
 
@@ -491,10 +491,12 @@ def test_a_webhook_that_hangs_holds_up_nobody_and_one_that_fails_is_complained_a
     complaints: list[str] = []
     hold = threading.Event()
     with receiver(hold=hold) as (slow, _), receiver(status=500) as (broken, _):
-        webhooks = [_webhook(slow, timeout="100ms"), _webhook(broken), _webhook("http://127.0.0.1:1/secret")]
+        webhooks = [
+            _webhook(slow, timeout="100ms"), _webhook(broken, timeout="30s"), _webhook("http://127.0.0.1:1/secret"),
+        ]  # fmt: skip
         notifier = Notifier("m", webhooks, complaints.append)
         notifier.tell(_event())
-        notifier.close(5)
+        notifier.close(60)
         hold.set()
     assert len(complaints) == 3
     assert any("answered 500" in complaint for complaint in complaints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsMessage
 from envoy.service.discovery.v3.discovery_pb2 import (
     DeltaDiscoveryRequest,
     DeltaDiscoveryResponse,
@@ -80,7 +82,9 @@ def test_calls_go_through_the_mesh_and_only_initial_versions_get_them(mesh: Mesh
     assert who(client, 4, "http://service-b/work")
     assert who(client, 4, "http://service-b.default.svc.cluster.local:5000/work")
     assert client.get("http://nowhere:5000/").status == 404
-    assert all(sidecar.connected and sidecar.acked for sidecar in mesh.plane.sidecars())
+    until(
+        lambda: all(sidecar.connected and sidecar.acked for sidecar in mesh.sidecars()), "all to be confirmed"
+    )
 
 
 def test_a_fault_is_in_force_when_the_change_returns(mesh: Mesh) -> None:
@@ -90,7 +94,7 @@ def test_a_fault_is_in_force_when_the_change_returns(mesh: Mesh) -> None:
     assert answer.status == 500
     assert answer.seconds >= 0.15
     assert effect.sidecars == 3  # of service-b, and nobody else's
-    assert 0 < effect.effective_ms < 5000
+    assert 0 < effect.effective_ms < 20_000
     effect = mesh.change(lambda intent, _: clear_fault(intent, "x"))
     assert effect.sidecars == 3
     assert client.get(WORK).status == 200
@@ -120,12 +124,25 @@ def test_a_fault_meets_only_whom_it_is_for(mesh: Mesh) -> None:
 
 
 def test_a_fault_ends_by_itself(mesh: Mesh) -> None:
-    client = mesh.members["service-a-1"].client()
-    fault(mesh, id="short", err_rate=1.0, for_s=0.3)
-    assert client.get(WORK).status == 500
-    until(lambda: not mesh.plane.intent.faults, "the fault to end")
-    until(lambda: client.get(WORK).status == 200, "requests to succeed again")
-    assert [event["fault"] for event in mesh.journal("fault_expired")] == ["short"]
+    names = (f"short-{n}" for n in itertools.count())
+    with Load(mesh.members["service-a-1"], WORK, threads=1) as load:
+
+        def felt() -> bool:
+            name = next(names)
+            fault(mesh, id=name, err_rate=1.0, for_s=1)
+            until(lambda: not mesh.plane.intent.faults, "the fault to end")
+            # It is in the journal once every sidecar has acknowledged its end.
+            until(
+                lambda: [event["fault"] for event in mesh.journal("fault_expired")][-1:] == [name],
+                "the journal",
+            )
+            return bool(load.failed)
+
+        until(felt, "a request to meet a fault")  # where the machine stalls, its time may be over before that
+        load.more(20)
+    assert load.errors == []
+    assert {answer.status for answer in load.answers} == {200, 500}
+    assert {answer.status for answer in load.answers[-10:]} == {200}
 
 
 def test_bad_input_changes_nothing(mesh: Mesh) -> None:
@@ -160,7 +177,7 @@ def test_a_rejection_names_the_sidecar_and_the_intent_before_comes_back(tmp_path
             traffic(mesh, retries=7)
         assert mesh.plane.intent == before
         assert mesh.journal("rejected")
-        until(lambda: all(s.acked for s in mesh.plane.sidecars()), "sidecars to be back at what was good")
+        until(lambda: all(s.acked for s in mesh.sidecars()), "sidecars to be back at what was good")
         client = mesh.members["service-a-1"].client()
         assert client.get(WORK).status == 200
         traffic(mesh, retries=3)
@@ -169,7 +186,7 @@ def test_a_rejection_names_the_sidecar_and_the_intent_before_comes_back(tmp_path
 
 
 def test_a_hung_sidecar_is_named_and_delays_one_change_only() -> None:
-    with mesh_of(pair(), Settings(ack_timeout_s=0.5)) as mesh:
+    with mesh_of(pair(), Settings(ack_timeout_s=4)) as mesh:
         mesh.add("service-a")
         hung = mesh.add("service-b")
         mesh.add("service-b")
@@ -182,10 +199,10 @@ def test_a_hung_sidecar_is_named_and_delays_one_change_only() -> None:
             began = time.monotonic()
             effect = mesh.change(lambda intent, _: clear_faults(intent))
             assert (effect.sidecars, effect.unconfirmed) == (1, ("service-b-1",))
-            assert time.monotonic() - began < 0.4
+            assert time.monotonic() - began < 3
         finally:
             hung.process.send_signal(18)  # SIGCONT
-        until(lambda: all(s.acked for s in mesh.plane.sidecars()), "the hung sidecar to catch up")
+        until(lambda: all(s.acked for s in mesh.sidecars()), "the hung sidecar to catch up")
         assert fault(mesh, err_rate=1.0).sidecars == 2
 
 
@@ -226,19 +243,19 @@ def test_a_split_is_kept_to_and_changing_it_fails_no_request(mesh: Mesh) -> None
     assert load.failed == []
     client, count, share = a.client(), 2000, 0.3
     traffic(mesh, split={"v1": 70, "v2": 30})
-    v2 = who(client, count)["service-b-3"]
-    assert abs(v2 - count * share) <= 4 * math.sqrt(count * share * (1 - share))
+    may_differ = 4 * math.sqrt(count * share * (1 - share))  # by chance it does so once in 16,000 times
+    assert any(abs(who(client, count)["service-b-3"] - count * share) <= may_differ for _ in range(2))
     traffic(mesh, split={"v1": 0, "v2": 100})
     assert set(who(client, 20)) == {"service-b-3"}
 
 
 def test_timeout_and_retries(mesh: Mesh) -> None:
     client = mesh.members["service-a-1"].client()
-    fault(mesh, id="slow", lat_ms=2000)
+    fault(mesh, id="slow", lat_ms=20_000)
     traffic(mesh, timeout_ms=100)
     answer = client.get(WORK)
     assert answer.status == 504
-    assert answer.seconds < 1.5
+    assert answer.seconds < 10
     traffic(mesh, timeout_ms=None)
     mesh.change(lambda intent, _: clear_fault(intent, "slow"))
 
@@ -288,12 +305,11 @@ def test_an_instance_that_only_fails_is_left_alone_and_one_that_fails_in_part_is
     assert Counter(client.get(WORK).status for _ in range(120))[500] > 20
     bad.status = 200
     traffic(mesh, outlier=None)
+    before = ejections(mesh.members["service-a-1"])
     fault(mesh, err_rate=0.3)
     for _ in range(400):
         client.get(WORK)
-    assert "ejections_enforced_total" not in "".join(
-        line for line in stats(mesh.members["service-a-1"]).splitlines() if not line.endswith(": 1")
-    )
+    assert ejections(mesh.members["service-a-1"]) == before
 
 
 def test_ejected_and_unready_instances_get_nothing_and_no_request_is_lost(mesh: Mesh) -> None:
@@ -367,8 +383,8 @@ def test_a_control_plane_restart_fails_no_request_and_keeps_the_intent(mesh: Mes
         member = mesh.members["service-b-3"]
         member.instance = member.instance.model_copy(update={"ready": False})
         mesh.start_control()
-        until(lambda: all(s.acked for s in mesh.plane.sidecars()), "all sidecars to be back")
-        assert time.monotonic() - began < 10
+        until(lambda: all(s.acked for s in mesh.sidecars()), "all sidecars to be back")
+        assert time.monotonic() - began < 25
         assert mesh.plane.intent.traffic["service-b"].split == {"v1": 50, "v2": 50}
         traffic(mesh, split={})
         assert set(who(a.client(), 30)) == {"service-b-1", "service-b-2"}
@@ -509,6 +525,10 @@ def test_the_plain_listener_opens_declared_paths_only() -> None:
 def test_tap_sends_single_requests_while_it_is_on() -> None:
     received: list[bytes] = []
 
+    def told() -> int:
+        """Requests."""
+        return sum(len(StreamAccessLogsMessage.FromString(one).http_logs.log_entry) for one in received)
+
     async def log(requests: Any, context: Any) -> bytes:
         async for message in requests:
             received.append(message)
@@ -528,9 +548,8 @@ def test_tap_sends_single_requests_while_it_is_on() -> None:
         assert mesh.control
         assert mesh.control.run(mesh.plane.set_tap(True)).sidecars == 2
         who(client, 5)
-        until(lambda: any(b"/work" in message for message in received), "the access log")
+        until(lambda: told() == 5, "the access log")
         mesh.control.run(mesh.plane.set_tap(False))
-        time.sleep(0.3)  # what is buffered is flushed every 0.1 s
         count = len(received)
         who(client, 5)
         time.sleep(0.3)
@@ -610,25 +629,37 @@ def test_a_token_that_was_replaced_or_whose_instance_is_gone_is_worth_nothing(me
     fresh = "another-token"
     (member.folder / "token.new").write_text(fresh)
     (member.folder / "token.new").replace(member.folder / "token")
+    before = mesh.plane._discovery.stream("service-b-1")
     mesh.update("service-b-1", token_sha256=hashlib.sha256(fresh.encode()).hexdigest())
-    until(lambda: all(s.acked for s in mesh.plane.sidecars()), "the sidecar to come back with its new token")
+
+    def is_back() -> bool:
+        stream = mesh.plane._discovery.stream("service-b-1")
+        return stream not in {None, before} and all(sidecar.acked for sidecar in mesh.sidecars())
+
+    until(is_back, "the sidecar to come back with its new token")
+    assert member.process
+    member.process.kill()  # or it would take its stream back from the one that asks below
+    member.process.wait()
+    until(lambda: mesh.plane._discovery.stream("service-b-1") is None, "it to be seen gone")
     request = DiscoveryRequest(type_url=xds.CLUSTERS)
     with pytest.raises(grpc.RpcError) as caught:
         ask(mesh, old, request)
     assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
     assert ask(mesh, fresh, request).resources
-    gone = mesh.members.pop("service-b-1")
+    mesh.members.pop("service-b-1").upstream.close()
     mesh.refresh()
     with pytest.raises(grpc.RpcError) as caught:
         ask(mesh, fresh, request)
     assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
-    assert gone.process
-    gone.process.kill()
-    gone.process.wait()
-    gone.upstream.close()
 
 
 # -- helpers ----------------------------------------------------------------------------------------------
+
+
+def ejections(member: Member) -> int:
+    """How often Envoy has left an instance alone by itself."""
+    lines = [line for line in stats(member).splitlines() if "ejections_enforced_total" in line]
+    return sum(int(line.rpartition(":")[2]) for line in lines)
 
 
 def stats(member: Member) -> str:

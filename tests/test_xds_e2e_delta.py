@@ -75,7 +75,7 @@ def mesh(heard: Heard) -> Iterator[Mesh]:
 
 
 def settle(mesh: Mesh) -> None:
-    until(lambda: all(s.acked for s in mesh.plane.sidecars() if s.connected), "all to have confirmed")
+    until(lambda: all(s.acked for s in mesh.sidecars() if s.connected), "all to have confirmed")
 
 
 def traffic(mesh: Mesh, service: str = "service-b", **changes: Any) -> Any:
@@ -109,7 +109,7 @@ def test_after_a_restart_of_the_control_plane_only_what_differs_is_sent(mesh: Me
     mesh.stop_control(abruptly=True)
     heard.clear()
     mesh.start_control()
-    until(lambda: mesh.plane.sidecars()[0].acked and len(heard.asked) >= 4, "the sidecar to be back")
+    until(lambda: mesh.sidecars()[0].acked and len(heard.asked) >= 4, "the sidecar to be back")
     settle(mesh)
     assert {kind for kind, _ in heard.asked} == {"runtime", "endpoints", "routes", "secrets"}
     until(lambda: heard.sent, "its new certificate")
@@ -198,5 +198,5 @@ def test_sidecars_that_speak_state_of_the_world_are_served_beside_the_others(mes
     assert mesh.members["service-a-1"].client().get(WORK).status == 200
     mesh.stop_control(abruptly=True)
     mesh.start_control()
-    until(lambda: all(s.acked for s in mesh.plane.sidecars()), "all to be back")
+    until(lambda: all(s.acked for s in mesh.sidecars()), "all to be back")
     assert traffic(mesh, max_pending=78).sidecars == 2

@@ -38,6 +38,12 @@ def environment(**variables: object) -> dict[str, str]:
     return inherited | {name: str(value) for name, value in variables.items()}
 
 
+def sample_of(page: str, sample: str) -> float:
+    """The value of one sample of a page of metrics, named with its labels as it is exposed; 0 if there is none."""
+    found = re.search(rf"^{re.escape(sample)} (\S+)$", page, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
 class Workload:
     """A running workload."""
 
@@ -70,9 +76,8 @@ class Workload:
             return response.status, json.loads(text) if is_json and text else text
 
     def metric(self, sample: str) -> float:
-        """The value of one sample, named with its labels as it is exposed; 0 if there is none."""
-        found = re.search(rf"^{re.escape(sample)} (\S+)$", self.get("/metrics")[1], re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        """The value of one sample; as `sample_of`."""
+        return sample_of(self.get("/metrics")[1], sample)
 
     def connect(self) -> socket.socket:
         """A bare connection."""

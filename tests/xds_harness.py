@@ -32,7 +32,7 @@ from meshdemo.apps.model import App
 from meshdemo.control import xds
 from meshdemo.control.bootstrap import Placement, bootstrap_files, envoy_arguments, find_envoy, is_ready
 from meshdemo.control.model import Instance, MeshState
-from meshdemo.control.plane import SERVER_OPTIONS, ControlPlane, Settings
+from meshdemo.control.plane import SERVER_OPTIONS, ControlPlane, Settings, Sidecar
 
 T = TypeVar("T")
 DEADLINE_S = 30.0
@@ -98,6 +98,12 @@ def until(condition: Callable[[], T], what: str, deadline_s: float = DEADLINE_S)
         time.sleep(0.01)
 
 
+class _Server(ThreadingHTTPServer):
+    # Where many connect at once, the default of 5 makes the kernel turn some away; Envoy calls it an error.
+    request_queue_size = 1024
+    daemon_threads = True
+
+
 class Upstream:
     """A tiny HTTP server: an instance's app. It counts what it gets and says who it is."""
 
@@ -126,8 +132,7 @@ class Upstream:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -182,7 +187,6 @@ class ControlThread:
         host: str = "127.0.0.1",
     ) -> None:
         self.events: list[dict[str, Any]] = []
-        self.port = port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -197,8 +201,7 @@ class ControlThread:
             )
             server = grpc.aio.server(options=SERVER_OPTIONS)
             server.add_generic_rpc_handlers((*plane.handlers(), *extra))
-            bound = server.add_secure_port(f"{host}:{port}", plane.server_credentials())
-            self.port = bound
+            server.add_secure_port(f"{host}:{port}", plane.server_credentials())
             await server.start()
             await plane.start()
             return plane, server
@@ -257,10 +260,11 @@ class Mesh:
         self.state = folder / "control"
         self.state.mkdir(mode=0o700)
         self.app = app
-        self.settings = settings or Settings()
+        # Long enough for a sidecar that a loaded machine lets wait: it is not one that hangs.
+        self.settings = settings or Settings(ack_timeout_s=20)
         self.members: dict[str, Member] = {}
         self.control: ControlThread | None = None
-        self.control_port = 0
+        self.control_port = free_port()  # the same one after a restart, so none that anybody may be given
         self.host = "127.0.0.1"  # where the control plane listens
         self.extra: tuple[Any, ...] = ()
         self.keep_authority: Callable[[], object] | None = None
@@ -315,7 +319,6 @@ class Mesh:
             self.state, self.mesh_state(), self.control_port, self.settings, self.extra, self.keep_authority,
             self.host,
         )  # fmt: skip
-        self.control_port = self.control.port
 
     def stop_control(self, *, abruptly: bool = False) -> None:
         if self.control:
@@ -362,6 +365,15 @@ class Mesh:
         self.stop_control()
 
     # -- shortcuts
+
+    def sidecars(self) -> list[Sidecar]:
+        """How each sidecar stands, as the control plane sees it between two steps of its loop."""
+
+        async def ask() -> list[Sidecar]:
+            return self.plane.sidecars()
+
+        assert self.control
+        return self.control.run(ask())
 
     def change(self, fn: Callable[..., Any]) -> Any:
         """Change the intent."""

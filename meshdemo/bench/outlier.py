@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 from meshdemo.errors import Failed
 from meshdemo.runtime.local import probe
 
+_ANSWER_S = 10.0  # a sidecar under load on a busy machine
 _DEFAULTS = {
     "consecutive_5xx": 5,
     "enforcing_consecutive_5xx": 100,
@@ -36,7 +37,8 @@ _DEFAULTS = {
 def as_in_envoy(admin: Path) -> None:
     """Have a sidecar detect outliers by these, not by what the mesh gives it. Raises Failed if it refuses."""
     values = {f"outlier_detection.{name}": value for name, value in _DEFAULTS.items()}
-    answer = asyncio.run(probe.ask(admin, f"/runtime_modify?{urlencode(values)}", method="POST"))
+    path = f"/runtime_modify?{urlencode(values)}"
+    answer = asyncio.run(probe.ask(admin, path, method="POST", timeout_s=_ANSWER_S))
     if answer.status != 200 or answer.body.strip() != b"OK":
         raise Failed(
             f"the sidecar at {admin} takes no runtime values: {answer.body.decode(errors='replace')}"
@@ -46,7 +48,7 @@ def as_in_envoy(admin: Path) -> None:
 def ejections(admin: Path) -> int:
     """How often a sidecar has left an instance alone. Raises Failed if it does not say."""
     path = "/stats?filter=outlier_detection.ejections_enforced_total&format=json"
-    answer = asyncio.run(probe.ask(admin, path))
+    answer = asyncio.run(probe.ask(admin, path, timeout_s=_ANSWER_S))
     if answer.status != 200:
         raise Failed(f"the sidecar at {admin} tells no statistics")
     return sum(one.get("value", 0) for one in json.loads(answer.body)["stats"])

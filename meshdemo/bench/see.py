@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import signal
 import subprocess
 import threading
 import time
@@ -102,8 +101,7 @@ def _round(stage: Stage, runtime: LocalRuntime, port: int, seconds: float, found
                 if name == TAPPED:
                     tap.check()
                     seen.append((tap.told() - told) / (end - began))
-        load.process.popen.send_signal(signal.SIGTERM)
-        requests = load.join(_MOST_S)  # with as many under way as a busy machine has, that takes a while
+        requests = load.stop()
     for name, began, end, used in parts:
         of_part = [one for one in requests if began <= one.due < end]
         if not of_part:
@@ -213,7 +211,8 @@ def _lateness(page: _Page, port: int) -> float:
 
     Raises Failed if it is not answered.
     """
-    while page.requests():  # that of the last round leaves the page's window
+    # That of the last round leaves the page's window, or comes into it: a report may be late.
+    while page.requests() or page.requests():
         pass
     pause = threading.Event()
     asked: list[float] = []
