@@ -209,7 +209,7 @@ def test_two_ups_at_once(cli: Cli) -> None:
         # The second came when the first had done.
         assert any("nothing to change" in out for (out, _), _ in ends)
     else:
-        assert statuses == [0, 1]
+        assert statuses == [0, 1], ends
         said = "another `meshdemo up` (of mesh 'mesh-demo' \\(process|or `down` of mesh 'mesh-demo' has just)"
         assert any(re.search(said, err) for (_, err), _ in ends), ends
     assert cli.all_ready()
