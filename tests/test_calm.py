@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from envoy.config.cluster.v3.cluster_pb2 import Cluster
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 from test_discovery import INSTANCE
@@ -74,6 +75,41 @@ def pushed(work: Callable[[Discovery, Sidecar, asyncio.Task[Any]], Awaitable[Non
             await served.calm.wait()
 
     asyncio.run(asyncio.wait_for(go(), 2 * PATIENCE_S))
+
+
+def test_a_control_plane_that_was_held_up_takes_no_sidecar_for_one_that_has_asked() -> None:
+    settled: list[bool] = []
+
+    async def go() -> None:
+        loop = asyncio.get_running_loop()
+
+        def is_settled() -> bool:
+            stream = served.stream(INSTANCE.id)
+            assert stream is not None
+            return stream.settled()
+
+        def hold_up() -> None:
+            time.sleep(discovery._ASKS_WITHIN_S + 0.1)
+            loop.call_later(0, lambda: settled.append(is_settled()))  # after all that was due meanwhile
+
+        async def authenticate_and_stall(_: object) -> Instance:
+            loop.call_soon(hold_up)
+            return INSTANCE
+
+        made = {
+            xds.ROUTES: (xds.Bundle({"r": xds.encode(xds.ROUTES, RouteConfiguration(name="r"))}),),
+            xds.CLUSTERS: (xds.Bundle({"c": xds.encode(xds.CLUSTERS, Cluster(name="c"))}),),
+        }
+        served = Discovery(lambda _: made, authenticate_and_stall, lambda _: None)
+        async with serving(served.handler()) as channel:
+            sidecar = Sidecar(channel)
+            await sidecar.ask()
+            await sidecar.ask(await sidecar.sent())
+            while not is_settled():  # noqa: ASYNC110 (there is nothing to wait on)
+                await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(go(), 2 * PATIENCE_S))
+    assert settled == [False]
 
 
 def test_what_can_wait_waits_while_a_push_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:

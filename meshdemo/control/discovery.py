@@ -111,6 +111,7 @@ class _Connection:
     task: asyncio.Task[Any]
     closing: str = ""  # why the control plane ends it
     sending: bool = False
+    asking: asyncio.TimerHandle | None = None  # until it has had time to ask for all that it needs
 
 
 class Discovery:
@@ -220,6 +221,14 @@ class Discovery:
             connection.sending = False
         self._note(connection.stream)
 
+    def _give_time_to_ask(self, connection: _Connection, halves: int = 2) -> None:
+        """A half begins when the one before is over: a loop that was held up does not count its own delay."""
+        loop, half_s = asyncio.get_running_loop(), _ASKS_WITHIN_S / 2
+        if halves:
+            connection.asking = loop.call_later(half_s, self._give_time_to_ask, connection, halves - 1)
+        else:
+            self._had_time_to_ask(connection.stream)
+
     def _had_time_to_ask(self, stream: Stream) -> None:
         stream.had_time_to_ask()
         self._note(stream)
@@ -252,9 +261,7 @@ class Discovery:
         connection = _Connection(Stream(instance, self._wanted(instance), wire, doubts), context, task)
         self._connections[instance.id] = connection
         # A sidecar need not ask for all that there is for it; then no request tells that it has asked.
-        asked = asyncio.get_running_loop().call_later(
-            _ASKS_WITHIN_S, self._had_time_to_ask, connection.stream
-        )
+        self._give_time_to_ask(connection)
         if before is not None:
             # Mostly the sidecar itself, after its connection broke; or somebody who has its token.
             self._journal(
@@ -279,7 +286,8 @@ class Discovery:
             task.uncancel()
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, connection.closing)
         finally:
-            asked.cancel()
+            if connection.asking is not None:
+                connection.asking.cancel()
             if self._connections.get(instance.id) is connection:
                 del self._connections[instance.id]
                 if doubts := connection.stream.doubts():
