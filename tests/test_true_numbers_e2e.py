@@ -21,7 +21,7 @@ WORK, WARM, END = (f"http://service-b:5000/{path}" for path in ("work", "warm", 
 
 def test_quantiles_are_within_a_tenth_of_those_of_the_single_requests() -> None:
     """Of each request, a tap says how long it took to the microsecond; signals know it from buckets."""
-    mix = ((4, 120), (40, 72), (400, 8))  # (ms, requests): the quantiles lie well inside one kind each
+    mix = ((8, 366), (40, 26), (400, 8))  # (ms, requests): each quantile is in the middle of one kind
     with served_mesh() as mesh:
         mesh.add("service-a")
         mesh.add("service-b")
@@ -57,9 +57,12 @@ def test_quantiles_are_within_a_tenth_of_those_of_the_single_requests() -> None:
         until(lambda: row()["requests"] == total, "all requests to be counted")
         found, exact = row(), took_ms()
         for key, q in (("p50_ms", 0.5), ("p95_ms", 0.95), ("p99_ms", 0.99)):
-            # Where a loaded machine has spread them, the neighbours in their order are more than a tenth apart.
-            rank = math.ceil(q * total) - 1
-            assert 0.9 * exact[rank - 1] <= found[key] <= 1.1 * exact[rank + 1], (key, exact)
+            # Where a loaded machine has spread them, neighbours in their order are more than a tenth apart.
+            rank, near = math.ceil(q * total) - 1, total // 100 - 1
+            assert 0.9 * exact[rank - near] <= found[key] <= 1.1 * exact[rank + near], (
+                key,
+                exact[rank - near : rank + near],
+            )
         until(lambda: caller.get(END).status == 200 and not listening.is_alive(), "the tap to end")
         tapping.close()
 
