@@ -15,7 +15,7 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 from meshdemo.control.identity import service_of
 from meshdemo.control.model import Instance
 from meshdemo.control.otlp import Export, Malformed, decode
-from meshdemo.control.signals import BOUNDS_MS, Cell, Histogram, Sample, bucket
+from meshdemo.control.signals import BOUNDS_MS, ENVOY_BOUNDS_US, Cell, Histogram, Sample, bucket
 from meshdemo.control.telemetry import Store
 
 A, B = "spiffe://m/ns/default/sa/service-a", "spiffe://m/ns/default/sa/service-b"
@@ -62,7 +62,7 @@ class Message:
                 **self.times,
                 count=sum(counts),
                 bucket_counts=counts,
-                explicit_bounds=[bound * 1000 for bound in BOUNDS_MS],
+                explicit_bounds=ENVOY_BOUNDS_US,
             ),
             tags,
         )
@@ -70,6 +70,13 @@ class Message:
 
     def encoded(self) -> bytes:
         return self.request.SerializeToString()
+
+
+def test_each_of_envoys_buckets_is_one_of_ours() -> None:
+    each = [bound / 2 for bound in BOUNDS_MS[:1]] + [*BOUNDS_MS]
+    message = Message().took("inbound.latency", each, caller=A, route="work", code="200", flags="-")
+    (cell,) = decode(message.encoded()).cells
+    assert cell.latency.counts == dict.fromkeys(range(len(BOUNDS_MS) + 1), 1)
 
 
 def inbound(n: int, ms: float = 20.0, **tags: str) -> Message:

@@ -29,7 +29,7 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 from meshdemo.control import xds
 from meshdemo.control.garbage import expect_streams
 from meshdemo.control.identity import CONTROL_PLANE_NAME, spiffe_id
-from meshdemo.control.signals import BOUNDS_MS
+from meshdemo.control.signals import ENVOY_BOUNDS_US
 from meshdemo.control.wire import INCREMENTAL, SERVICE
 
 _ADS = f"/{SERVICE}/{INCREMENTAL.method}"
@@ -245,10 +245,10 @@ class _Export:
         ):
             tags = {**own, "route": "other", "code": "200", "flags": "-", "grpc": ""}
             counter = metrics.add(name=f"{direction}.requests").sum.data_points.add(as_int=500)
-            counts = [0] * (len(BOUNDS_MS) + 1)
+            counts = [0] * (len(ENVOY_BOUNDS_US) + 1)
             counts[5:25] = [25] * 20
             histogram = metrics.add(name=f"{direction}.latency").histogram.data_points.add(
-                count=500, bucket_counts=counts, explicit_bounds=[bound * 1000 for bound in BOUNDS_MS]
+                count=500, bucket_counts=counts, explicit_bounds=ENVOY_BOUNDS_US
             )
             for point in (counter, histogram):
                 for name, value in tags.items():

@@ -21,7 +21,7 @@ import jinja2
 
 from meshdemo.control.identity import CONTROL_PLANE_NAME
 from meshdemo.control.model import Instance
-from meshdemo.control.signals import BOUNDS_MS
+from meshdemo.control.signals import ENVOY_BOUNDS_US
 from meshdemo.errors import Missing
 from meshdemo.resources import TEMPLATES
 
@@ -78,7 +78,7 @@ def bootstrap_files(instance: Instance, placement: Placement) -> Mapping[str, st
         "control_is_address": _is_address(placement.control_host),
         "control_name": CONTROL_PLANE_NAME,
         "report_interval": f"{placement.report_interval_s:g}s",
-        "bounds_us": [bound * 1000 for bound in BOUNDS_MS],
+        "bounds_us": ENVOY_BOUNDS_US,
     }
     return {
         name: environment.get_template(f"{name}.j2").render(values)

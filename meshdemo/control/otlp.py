@@ -274,7 +274,7 @@ def _indices(point: metrics_pb2.HistogramDataPoint) -> tuple[int, ...]:
         edges = [0.0, *(bound / 1000 for bound in bounds)]
         # abs: what a stranger sends may have bounds that make no sense
         middles = [abs(low * high) ** 0.5 if low else high / 2 for low, high in itertools.pairwise(edges)]
-        found = (*(bucket(middle) for middle in middles), bucket(edges[-1]))
+        found = (*(bucket(middle) for middle in middles), bucket(edges[-1] * 1.001))  # what is above the last
         if len(_MAPPINGS) > 16:  # bounds that differ by sidecar: not of our making
             _MAPPINGS.clear()
         _MAPPINGS[key] = found

@@ -17,13 +17,17 @@ from typing import Any
 # Upper bounds in ms: the round numbers that people write into objectives, which are therefore exact, and what
 # it takes besides so that neighbours differ by at most 20 %: a quantile reported at a bucket's geometric
 # middle is off by less than 10 % between 1 ms and 10 s. All are two-digit decimals, which are also the bin
-# edges of Envoy's own log-linear histogram (circllhist), so no count is split between two buckets.
+# edges of Envoy's own log-linear histogram (circllhist), so that each of its bins lies in one bucket.
 _DECADE = (1.0, 1.1, 1.3, 1.5, 1.7, 2.0, 2.2, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 7.5, 8.0, 9.0)
 BOUNDS_MS: tuple[float, ...] = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
     *(round(step * scale, 1) for scale in (1, 10, 100, 1000) for step in _DECADE),
     10_000.0, 12_000.0, 15_000.0, 20_000.0, 30_000.0, 60_000.0,
 )  # fmt: skip
+
+# Envoy counts a bin as below a bound if its lower edge is not above it: with a bound of 400 ms, all of
+# [400, 410) ms would be in the bucket below. So it is given a microsecond less.
+ENVOY_BOUNDS_US: tuple[int, ...] = tuple(round(bound * 1000) - 1 for bound in BOUNDS_MS)
 
 # Those by which latencies are judged, by watch and by Prometheus alike. The control plane exports no others,
 # for each costs a line of every histogram at every scrape.
