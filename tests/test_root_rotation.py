@@ -235,13 +235,15 @@ def test_the_root_is_replaced_although_pods_learn_late_and_the_control_plane_die
             assert not mesh.plane.replacing_root
             roots.add(root_of(mesh))
             load.more(20)
+            assert load.failed == [], moment
         assert len(roots) == 6
         # A pod that starts now has the new root alone; one that was told late, or never, is as good.
-        mesh.add("service-b")
+        late = mesh.add("service-b", ready=False)
         mesh.refresh()
-        late = mesh.members["service-b-3"]
         mesh.start_sidecar(late)
         mesh.await_ready(late)
+        mesh.update(late.instance.id, ready=True)  # not before: as a pod, it gets no requests until it is
+        assert load.failed == [], "the pod that started late"
         mesh.bring("service-b-1")
         mesh.stop_control(abruptly=True)
         mesh.start_control()
