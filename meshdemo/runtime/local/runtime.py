@@ -429,17 +429,23 @@ class _Up:
         Raises Failed if the mesh was changed since this was planned.
         """
         self._runtime.take_lock()
-        if self._runtime.running_spec() != self._running:
+        try:
+            self._check_plan()
+        except BaseException:
             self._runtime.release_lock()
             remove_home(self._runtime.paths.state.parent)
-            raise Failed(
-                f"another `meshdemo up` or `down` of mesh '{self._runtime.name}' has just ended",
-                "run the same command again: it looks at what there is now",
-            )
+            raise
         self._owner = True
         self._runtime.paths.make()
         if self._rules:
             self._write_rules()
+
+    def _check_plan(self) -> None:
+        if self._runtime.running_spec() != self._running:
+            raise Failed(
+                f"another `meshdemo up` or `down` of mesh '{self._runtime.name}' has just ended",
+                "run the same command again: it looks at what there is now",
+            )
 
     def _write_rules(self) -> None:
         """Leave the rules where Prometheus looks for them when it starts."""
