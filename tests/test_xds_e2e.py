@@ -23,6 +23,7 @@ from envoy.service.discovery.v3.discovery_pb2 import (
 )
 from xds_harness import Load, Member, Mesh, Proxied, free_port, mesh_of, pair, until
 
+from meshdemo.bench.outlier import ejections
 from meshdemo.control import wire, xds
 from meshdemo.control.intent import (
     add_fault,
@@ -305,11 +306,11 @@ def test_an_instance_that_only_fails_is_left_alone_and_one_that_fails_in_part_is
     assert Counter(client.get(WORK).status for _ in range(120))[500] > 20
     bad.status = 200
     traffic(mesh, outlier=None)
-    before = ejections(mesh.members["service-a-1"])
+    before = ejections(mesh.members["service-a-1"].admin)
     fault(mesh, err_rate=0.3)
     for _ in range(400):
         client.get(WORK)
-    assert ejections(mesh.members["service-a-1"]) == before
+    assert ejections(mesh.members["service-a-1"].admin) == before
 
 
 def test_ejected_and_unready_instances_get_nothing_and_no_request_is_lost(mesh: Mesh) -> None:
@@ -654,12 +655,6 @@ def test_a_token_that_was_replaced_or_whose_instance_is_gone_is_worth_nothing(me
 
 
 # -- helpers ----------------------------------------------------------------------------------------------
-
-
-def ejections(member: Member) -> int:
-    """How often Envoy has left an instance alone by itself."""
-    lines = [line for line in stats(member).splitlines() if "ejections_enforced_total" in line]
-    return sum(int(line.rpartition(":")[2]) for line in lines)
 
 
 def stats(member: Member) -> str:
